@@ -1,0 +1,1 @@
+"""Fast adversarial training on one GPU: ARAT and the methods it is compared with."""

@@ -1,0 +1,1 @@
+"""Neural-network modules: split batch normalisation and what goes with it."""
