@@ -1,11 +1,11 @@
 """What the compile-only check compiles: every kernel in every specialisation that the trainer launches.
 
-Protocol. Each module named in KERNEL_MODULES has a function `compile_cases() -> Iterator[CompileCase]`. A case
-holds what a launch would hold: the `@triton.jit` function (or an autotuner: all its configurations are
+Protocol. Each module named in KERNEL_MODULES has a function `compile_cases() -> Iterator[CompileCase]`. A
+case holds what a launch would hold: the `@triton.jit` function (or an autotuner: all its configurations are
 compiled), the positional arguments in the kernel's order, and the keyword arguments (constexprs, num_warps).
-Give small real CPU tensors, aligned as torch allocates them: Triton specialises on the pointer's alignment and
-on integers divisible by 16, so let sizes be as divisible as real ones.
-`arat_fast.benchmarks.kernels` compiles them for each target in its own process, never in one that interprets.
+Give small real CPU tensors, aligned as torch allocates them: Triton specialises on the pointer's alignment
+and on integers divisible by 16, so let sizes be as divisible as real ones.
+`arat_fast.benchmarks.kernels` compiles them for each target in its own process, which never interprets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KERNEL_MODULES = ("pgd", "augment", "split_batch_norm")
+KERNEL_MODULES = ("pgd", "pgd_l2", "random_start", "augment", "split_batch_norm")
 
 NVIDIA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD_TARGETS = ("gfx942",)
@@ -28,8 +28,8 @@ class CompileCase:
     """One specialisation of one kernel.
 
     `load_bytes` is the width at which every activation stream must be read (the narrowest global load of the
-    kernel that is not a scalar's); less than 16 is for kernels that gather bytes, None for kernels that read no
-    stream. `bfloat16`: the kernel touches it, so it is not compiled for sm_75.
+    kernel that is not a scalar's); less than 16 is for kernels that gather bytes, None for kernels that read
+    no stream. `bfloat16`: the kernel touches it, so it is not compiled for sm_75.
     """
 
     kernel: Any
