@@ -1,16 +1,17 @@
 """ARAT in plain eager PyTorch: the executable specification of this project.
 
-Asymmetrically representation-regularised adversarial training (Waseda, Chang, Echizen, ICLR 2025), written to be
-read in one sitting and shared with nothing: every fast path is tested against this file, and benchmarks call it
-"eager". One iteration on a batch (x, y), images in [0, 1]:
+Asymmetrically representation-regularised adversarial training (Waseda, Chang, Echizen, ICLR 2025), written to
+be read in one sitting and shared with nothing: every fast path is tested against this file, and benchmarks
+call it "eager". One iteration on a batch (x, y), images in [0, 1]:
 
 1. x' = PGD(x, y) against the adversarial BatchNorm branch, batch statistics.
 2. z, c  = features and logits of x  through the *clean* branch;
    z', c' = features and logits of x' through the *adv* branch; convolutions and classifier are shared.
 3. L = a CE(c', y) + (1 - a) CE(c, y) + gamma / |S| * sum over l in S of Dist(h_l(z'_l), stop-gradient(z_l)).
 
-h_l is a predictor MLP, Dist one minus the mean cosine similarity, a the clean branch's accuracy ("auto-balance").
-A tapped layer l is named by its BatchNorm; its feature is the average-pooled ReLU of that BatchNorm's output.
+h_l is a predictor MLP, Dist one minus the mean cosine similarity, a the clean branch's accuracy
+("auto-balance"). A tapped layer l is named by its BatchNorm; its feature is the average-pooled ReLU of that
+BatchNorm's output.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BRANCHES = ("clean", "adv")
-
-
-# ---------------------------------------------------------------------------------------------- split BatchNorm
 
 
 class SplitBatchNorm2d(nn.Module):
@@ -58,9 +56,6 @@ def use_branch(model: nn.Module, branch: str) -> None:
 
 def _batch_norm(channels: int, split_bn: bool) -> nn.Module:
     return SplitBatchNorm2d(channels) if split_bn else nn.BatchNorm2d(channels)
-
-
-# ------------------------------------------------------------------------------------------------------- models
 
 
 class BasicBlock(nn.Module):
@@ -189,7 +184,9 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True)
 
 def resnet8(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True) -> ResNet:
     """ResNet-8, the smallest of the CIFAR family (He et al. 2016): three groups of one block."""
-    return ResNet((16, 32, 64), (1, 1, 1), num_classes=num_classes, in_channels=in_channels, split_bn=split_bn)
+    return ResNet(
+        (16, 32, 64), (1, 1, 1), num_classes=num_classes, in_channels=in_channels, split_bn=split_bn
+    )
 
 
 def wrn_34_10(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True) -> WideResNet:
@@ -200,13 +197,13 @@ def wrn_34_10(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True
 MODELS = {"resnet8": resnet8, "resnet18": resnet18, "wrn-34-10": wrn_34_10}
 
 
-# ------------------------------------------------------------------------------------------------------- attack
-
-
 @contextmanager
-def _attack_mode(model: nn.Module, branch: str, batch_statistics: bool) -> Iterator[None]:
+def attack_mode(
+    model: nn.Module, branch: str, batch_statistics: bool, update_statistics: bool = True
+) -> Iterator[None]:
     """BN mode and branch for an attack; puts every module's mode and branch back afterwards."""
     before = [(m, m.training, getattr(m, "branch", None)) for m in model.modules()]
+    statistics = [] if update_statistics else [(b, b.clone()) for b in model.buffers()]
     model.train(batch_statistics)
     use_branch(model, branch)
     try:
@@ -216,14 +213,27 @@ def _attack_mode(model: nn.Module, branch: str, batch_statistics: bool) -> Itera
             module.training = training
             if isinstance(module, SplitBatchNorm2d):
                 module.branch = old_branch or "adv"
+        for buffer, value in statistics:
+            buffer.copy_(value)
 
 
 def _per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def attack_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """(N,) loss that an attack maximises: "ce", or "margin", the best wrong logit less the true one."""
+    if kind == "ce":
+        return F.cross_entropy(logits, labels, reduction="none")
+    if kind != "margin":
+        raise ValueError(f"loss is {kind!r}; expected ce or margin")
+    true = logits.gather(1, labels[:, None])[:, 0]
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return wrong - true
+
+
 def random_start(images: Tensor, eps: float, norm: str, generator: torch.Generator | None) -> Tensor:
-    """Start offset: uniform in the L-infinity ball, or a normal direction of uniform length up to eps (L2)."""
+    """Start offset: uniform in the L-infinity ball; for L2 a normal direction of uniform length up to eps."""
     if norm == "Linf":
         unit = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
         return (2 * unit - 1) * eps
@@ -242,24 +252,28 @@ def pgd(
     steps: int = 10,
     norm: str = "Linf",
     start: Tensor | None = None,
+    loss: str = "ce",
     branch: str = "adv",
     batch_statistics: bool = True,
+    update_statistics: bool = True,
 ) -> Tensor:
-    """Projected gradient ascent on the cross entropy (Madry et al. 2018); returns the last iterate.
+    """Projected gradient ascent on a loss (Madry et al. 2018); returns the last iterate.
 
-    images: (N, C, H, W) in [0, 1]; eps, alpha in the same pixel units; start: an offset added to the images first
-    (clamped with them to [0, 1]), or none. Each step: sign of the gradient times alpha (L2: gradient over its
-    per-image norm), projection onto the ball, clamp to [0, 1]. With `batch_statistics` the network is in train mode
-    and the branch's running statistics are updated at every forward, as in the paper; without, eval mode.
-    Images, `.grad`s, modes, branches and the other branch's statistics are left alone.
+    images: (N, C, H, W) in [0, 1]; eps, alpha in the same pixel units; start: an offset added to the images
+    first (clamped with them to [0, 1]), or none; loss: "ce", or "margin" (Carlini and Wagner 2017). Each
+    step: sign of the gradient times alpha (L2: gradient over its per-image norm), projection onto the ball,
+    clamp to [0,
+    1]. With `batch_statistics` the network is in train mode and the branch's running statistics are updated
+    at every forward, as in the paper, unless `update_statistics` is off; without, eval mode. Images,
+    `.grad`s, modes, branches and the other branch's statistics are left alone.
     """
     x = images.detach()
     x_adv = x.clone() if start is None else (x + start).clamp(0, 1)
-    with _attack_mode(model, branch, batch_statistics):
+    with attack_mode(model, branch, batch_statistics, update_statistics):
         for _ in range(steps):
             x_adv.requires_grad_()
-            loss = F.cross_entropy(model(x_adv), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, x_adv)
+            objective = attack_loss(model(x_adv), labels, loss).sum()
+            (gradient,) = torch.autograd.grad(objective, x_adv)
             x_adv = x_adv.detach()
             if norm == "Linf":
                 delta = (x_adv + alpha * gradient.sign() - x).clamp(-eps, eps)
@@ -273,12 +287,11 @@ def pgd(
     return x_adv
 
 
-# --------------------------------------------------------------------------------------------------------- loss
-
-
 @contextmanager
 def tapped(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the average-pooled ReLU (N, C) of the named BatchNorms' outputs of the forwards inside the block."""
+    """Collect the average-pooled ReLU (N, C) of the named BatchNorms' outputs of the forwards inside the
+    block.
+    """
     features: dict[str, Tensor] = {}
 
     def hook(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -320,9 +333,9 @@ class ARAT(nn.Module):
     """The network, its predictors and the loss, with the paper's ablations as switches.
 
     invariance: "stopgrad" (the method), "symmetric" (the naive loss, nothing stopped), "target-only" (the
-    adversarial feature stopped instead), "two-sided" (half each way), "none". `layers` defaults to the network's
-    `invariance_layers`. `a` is the auto-balance weight, set once an epoch by `balance`; with auto_balance off both
-    cross entropies weigh 1.
+    adversarial feature stopped instead), "two-sided" (half each way), "none". `layers` defaults to the
+    network's `invariance_layers`. `a` is the auto-balance weight, set once an epoch by `balance`; with
+    auto_balance off both cross entropies weigh 1.
     """
 
     def __init__(
@@ -342,7 +355,9 @@ class ARAT(nn.Module):
         self.gamma, self.invariance, self.auto_balance = gamma, invariance, auto_balance
         self.distance, self.temperature = distance, temperature
         if invariance not in ("none", "symmetric", "stopgrad", "target-only", "two-sided"):
-            raise ValueError(f"invariance is {invariance!r}; see the class's documentation for its five forms")
+            raise ValueError(
+                f"invariance is {invariance!r}; see the class's documentation for its five forms"
+            )
         self.layers: tuple[str, ...] = ()
         if invariance != "none":
             self.layers = tuple(layers) or tuple(getattr(network, "invariance_layers", ()))
@@ -365,8 +380,12 @@ class ARAT(nn.Module):
         one_way = dist(h(adv), clean.detach())
         return one_way if self.invariance == "stopgrad" else (one_way + dist(clean, adv.detach())) / 2
 
-    def loss(self, images: Tensor, x_adv: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weighted terms, whose sum is minimised, and {"clean", "adv"} logits; clean forward first, train mode."""
+    def loss(
+        self, images: Tensor, x_adv: Tensor, labels: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted terms, whose sum is minimised, and {"clean", "adv"} logits; clean forward first, train
+        mode.
+        """
         use_branch(self.network, "clean")
         with tapped(self.network, self.layers) as clean:
             logits_clean = self.network(images)
@@ -388,9 +407,9 @@ class ARAT(nn.Module):
 
     @torch.no_grad()
     def balance(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-        """Set a to the clean branch's accuracy in eval mode on the given batches (the epoch's first eight)."""
+        """Set a to the clean branch's eval-mode accuracy on the given batches (the epoch's first eight)."""
         correct = total = 0
-        with _attack_mode(self.network, "clean", batch_statistics=False):
+        with attack_mode(self.network, "clean", batch_statistics=False):
             for images, labels in batches:
                 correct += int((self.network(images).argmax(1) == labels).sum())
                 total += len(labels)
@@ -405,13 +424,12 @@ class Standard(nn.Module):
         super().__init__()
         self.network = network
 
-    def loss(self, images: Tensor, x_adv: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def loss(
+        self, images: Tensor, x_adv: Tensor, labels: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The cross entropy of the images and their logits; x_adv is not used."""
         logits = self.network(images)
         return {"ce_clean": F.cross_entropy(logits, labels)}, {"clean": logits}
-
-
-# --------------------------------------------------------------------------------------------------- iteration
 
 
 def train_step(
@@ -432,8 +450,9 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One iteration: attack, two forwards, backward, optimizer step. Returns detached scalars.
 
-    `aliased_start` does what the authors' released code does: the random start is added to the batch itself, so
-    the clean branch sees the noised images and the ball is centred on them. `x_adv`, when given, replaces the attack.
+    `aliased_start` does what the authors' released code does: the random start is added to the batch itself,
+    so the clean branch sees the noised images and the ball is centred on them. `x_adv`, when given, replaces
+    the attack.
     """
     method.train()
     if isinstance(method, ARAT) and x_adv is None:

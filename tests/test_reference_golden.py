@@ -1,4 +1,6 @@
-"""The reference against figures of the ARAT authors' released code, computed in float64 on deterministic inputs."""
+"""The reference against figures of the ARAT authors' released code, computed in float64 on deterministic
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def computed() -> tuple[reference.ARAT, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def close(value: float | Tensor, expected: float, scale: float | None = None) -> bool:
-    return abs(float(torch.as_tensor(value).detach()) - expected) <= TOLERANCE * (abs(expected) if scale is None else scale)
+    return abs(float(torch.as_tensor(value).detach()) - expected) <= TOLERANCE * (
+        abs(expected) if scale is None else scale
+    )
 
 
 def test_parameters_are_those_of_the_authors(computed) -> None:
@@ -180,6 +184,4 @@ def test_each_ablation_departs_from_the_figures(wrong: dict[str, object], comput
     total = torch.stack(list(terms.values())).sum()
     total.backward()
     gradient = method.network.conv1.weight.grad.norm()
-    assert not (
-        close(total, GOLDEN["total"]) and close(gradient, GOLDEN["grad_l2"]["model.conv1.weight"])
-    )
+    assert not (close(total, GOLDEN["total"]) and close(gradient, GOLDEN["grad_l2"]["model.conv1.weight"]))

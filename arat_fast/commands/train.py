@@ -1,0 +1,144 @@
+"""`arat-fast train`: train a network, measure it, and say where everything lies."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from arat_fast.commands.table import accuracy_table
+from arat_fast.config import TrainConfig, load_recipe, recipe_names, to_mapping, validated
+from arat_fast.errors import UserError
+from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary, write_json
+from arat_fast.loaders import sources
+from arat_fast.loaders.images import ImageSet
+from arat_fast.training.build import check_model, pick_device
+from arat_fast.training.cost import iteration_cost
+from arat_fast.training.directory import RunDirectory
+from arat_fast.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a network, adversarially or not.
+
+    Start from a recipe (`--config NAME`), a YAML file or a run's config.json (`--config FILE`), and change
+    any part of it with the flags below, whose defaults are the recipe's. Recipes: RECIPES.
+    """
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: str = "arat-cifar10-resnet18"
+    """Recipe name or file."""
+    run_dir: Path | None = None
+    """Folder of the run; default: a new one under runs/."""
+    resume: bool = False
+    """Continue the run in --run-dir where it stopped; starts it when there is none yet."""
+    dry_run: bool = False
+    """Print the resolved configuration and what an iteration costs, then stop."""
+    with_standard: bool = False
+    """Train a standard network too, on the same epochs and data, and show both under attack."""
+    evaluate: bool = True
+    """Measure clean and PGD accuracy on the test images at the end."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run's folder too."""
+    autoattack: bool = False
+    """Run AutoAttack too at the end, on the same test images (--evaluation.limit)."""
+
+
+def _parse(arguments: Sequence[str]) -> TrainOptions:
+    """Two passes: which recipe, then the flags over its values."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=None)
+    finder.add_argument("--run-dir", "--run_dir", type=Path, default=None)
+    finder.add_argument("--resume", action="store_true")
+    found, _ = finder.parse_known_args(list(arguments))
+    recipe = found.config
+    if recipe is None and found.resume and found.run_dir is not None:
+        recorded = RunDirectory(found.run_dir).config_file
+        recipe = str(recorded) if recorded.is_file() else None
+    recipe = recipe or "arat-cifar10-resnet18"
+    default = TrainOptions(settings=load_recipe(recipe), config=recipe)
+    description = (TrainOptions.__doc__ or "").replace("RECIPES", ", ".join(recipe_names()))
+    options = tyro.cli(
+        TrainOptions, args=list(arguments), default=default, prog="arat-fast train", description=description
+    )
+    return dataclasses.replace(options, settings=validated(options.settings, "flags"))
+
+
+def _describe_cost(config: TrainConfig) -> str:
+    shape, classes, _ = sources.SHAPES[config.dataset]
+    cost = iteration_cost(config, shape, classes)
+    return "\n".join(
+        [
+            f"parameters              {cost.parameters:,} (+ {cost.predictor_parameters:,} of predictors)",
+            f"forward                 {cost.forward_flop / 1e9:.3f} GFLOP an image",
+            f"forwards an iteration   {cost.forwards}",
+            f"backwards an iteration  {cost.input_backwards} input gradients, {cost.full_backwards} full",
+            f"iteration               {cost.iteration_flop / 1e9:.2f} GFLOP an image",
+        ]
+    )
+
+
+def _default_run_dir(config_name: str) -> Path:
+    name = Path(config_name).stem
+    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return base
+
+
+def _check_names(config: TrainConfig) -> None:
+    sources.check_dataset(config.dataset)
+    check_model(config.model)
+
+
+def _train_one(config: TrainConfig, run_dir: Path, train: ImageSet, options: TrainOptions) -> None:
+    trainer = Trainer(config, train, run_dir, resume=options.resume, tensorboard=options.tensorboard)
+    log.info(
+        "training %s with %s on %d images of %s, %s", config.model, config.method, len(trainer.train_images),
+        config.dataset, trainer.device,
+    )  # fmt: skip
+    trainer.run()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = _parse(arguments)
+    config = options.settings
+    _check_names(config)
+    if options.dry_run:
+        import yaml
+
+        print(yaml.safe_dump(to_mapping(config), sort_keys=False), end="")
+        print("\n" + _describe_cost(config))
+        return 0
+    if options.resume and options.run_dir is None:
+        raise UserError("--resume needs --run-dir: the folder of the run to continue")
+    run_dir = options.run_dir or _default_run_dir(options.config)
+    train, test = sources.load(config.dataset, config.data_root)
+    runs = {config.method: (config, run_dir)}
+    if options.with_standard and config.method != "standard":
+        runs["standard"] = (dataclasses.replace(config, method="standard"), run_dir / "standard")
+    for one, where in runs.values():
+        _train_one(one, where, train, options)
+    if not options.evaluate:
+        print(f"run: {run_dir}")
+        return 0
+    device = pick_device(config.device)
+    attacks = ["clean", f"pgd{config.evaluation.steps}"] + (["autoattack"] if options.autoattack else [])
+    evaluation = EvaluationOptions(limit=config.evaluation.limit)
+    records = {
+        name: evaluate_run(where, test, attacks, device=device, options=evaluation)
+        for name, (_, where) in runs.items()
+    }
+    write_json(run_dir / "results.json", {name: summary(record) for name, record in records.items()})
+    print(accuracy_table(records))
+    print(f"\nrun: {run_dir}")
+    return 0

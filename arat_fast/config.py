@@ -1,0 +1,241 @@
+"""Configuration: frozen dataclasses that are the single source of flags, recipes and a run's config.json.
+
+The defaults are the ARAT paper's CIFAR-10 ResNet-18 setting. Values pass through `validated` however they
+arrive (flag, YAML, JSON, code), so a range is written once, beside its field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter, ValidationError
+
+from arat_fast import pixels
+from arat_fast.errors import UserError, unknown_name
+
+
+def _pixels_from_any(value: object) -> float:
+    return pixels.parse_pixels(str(value))
+
+
+# On the command line by pixels.Pixels, in YAML and JSON by the validator: "8/255" is accepted by both.
+Pixels = Annotated[
+    pixels.Pixels,
+    BeforeValidator(_pixels_from_any),
+    PlainSerializer(pixels.format_pixels, return_type=str, when_used="json"),
+]
+Count = Annotated[int, Ge(1)]
+Optional = Annotated[int, Ge(0)]  # 0 switches the feature off
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The attack of training. All pixel quantities are in units of [0, 1]; 8/255 may be written so."""
+
+    __pydantic_config__ = _STRICT
+
+    eps: Pixels = 8 / 255
+    """Radius of the ball around the clean image."""
+    alpha: Pixels = 2 / 255
+    """Step size."""
+    steps: Count = 10
+    """Gradient steps."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of the ball."""
+    random_start: bool = True
+    """Start at a random point of the ball."""
+    bn: Literal["batch", "running"] = "batch"
+    """BatchNorm while attacking: the batch's statistics (the paper; updates the adv branch's running ones),
+    or those.
+    """
+    aliased_start: bool = False
+    """As the authors' released code: the random start is added to the clean batch itself. Off is the paper's
+    text.
+    """
+
+
+@dataclass(frozen=True)
+class ARATConfig:
+    """The ARAT loss and its ablations."""
+
+    __pydantic_config__ = _STRICT
+
+    gamma: Annotated[float, Ge(0)] = 30.0
+    """Weight of the invariance term: 30 for ResNet-18, 100 for WRN-34-10."""
+    invariance: Literal["stopgrad", "symmetric", "target-only", "two-sided", "none"] = "stopgrad"
+    """Form of the invariance term; stopgrad is the method, symmetric the naive loss."""
+    predictor: bool = True
+    """Predictor MLP on the adversarial side."""
+    split_bn: bool = True
+    """A BatchNorm branch of their own for clean and adversarial images."""
+    auto_balance: bool = True
+    """Weigh the two cross entropies by the clean branch's accuracy; off: both weigh 1."""
+    distance: Literal["cosine", "mse", "kl"] = "cosine"
+    """Distance between the features."""
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """Softmax temperature of the kl distance."""
+    layers: tuple[str, ...] = ()
+    """BatchNorm layers to tap; empty: the paper's choice for the model."""
+
+
+@dataclass(frozen=True)
+class AveragingConfig:
+    """Averages of the weights, kept beside them in the checkpoint."""
+
+    __pydantic_config__ = _STRICT
+
+    swa_start: Optional = 0
+    """First epoch (from 1) of the stochastic weight average; 0: none. The paper's is 76."""
+    swa_every: Count = 500
+    """A snapshot at every step number divisible by this."""
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Decay of the exponential moving average a step; 0: none."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The attack of evaluation, always on running statistics and the inference branch."""
+
+    __pydantic_config__ = _STRICT
+
+    eps: Pixels = 8 / 255
+    """Radius of the ball."""
+    alpha: Pixels = 2 / 255
+    """Step size of PGD."""
+    steps: Count = 20
+    """Steps of the PGD that ends a training run."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of the ball."""
+    batch_size: Count = 250
+    """Images a batch."""
+    limit: Optional = 0
+    """Test images that are attacked at the end of training; 0: all."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training run."""
+
+    __pydantic_config__ = _STRICT
+
+    method: Literal["arat", "standard"] = "arat"
+    """Training method."""
+    model: str = "resnet18"
+    """Network: resnet8, resnet18, wrn-34-10."""
+    dataset: str = "cifar10"
+    """Data set: digits (bundled with scikit-learn), cifar10, cifar100."""
+    data_root: str | None = None
+    """Folder of the data set: the one that holds cifar-10-batches-py, cifar-10-batches-bin and so on."""
+    epochs: Count = 100
+    """Passes over the training images."""
+    batch_size: Annotated[int, Ge(2)] = 128
+    """Images a batch; the last, smaller one is kept."""
+    learning_rate: Annotated[float, Gt(0)] = 0.1
+    """Learning rate of SGD."""
+    first_epoch_learning_rate: Annotated[float, Gt(0)] | None = 0.02
+    """Learning rate of the first epoch, if another."""
+    drops: tuple[Count, ...] = (77, 92)
+    """Epochs (from 1) from whose start on the learning rate is a tenth of what it was."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Ge(0)] = 5e-4
+    """Weight decay, on every parameter."""
+    padding: Annotated[int, Ge(0), Le(16)] = 4
+    """Zero padding of the random crop, in pixels; 0: no crop."""
+    flip: bool = True
+    """Flip images horizontally at random."""
+    validation: Optional = 0
+    """Training images held out for validation, chosen by the seed; 0: none, as the paper."""
+    limit_train: Optional = 0
+    """Use only the first N training images; 0: all."""
+    seed: Annotated[int, Ge(0), Lt(2**31)] = 0
+    """Seed of weights, batches, crops and attack starts."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU where there is one."""
+    workers: Optional = 0
+    """Worker processes of the loader."""
+    arat: ARATConfig = field(default_factory=ARATConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+def to_mapping(config: TrainConfig) -> dict[str, Any]:
+    """Plain JSON values, nested as the dataclasses are; pixel quantities as text (`8/255`)."""
+    mapping: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return mapping
+
+
+def validated(values: Mapping[str, Any] | TrainConfig, source: str = "configuration") -> TrainConfig:
+    """A TrainConfig of the given (possibly partial) values, checked for names, types and ranges.
+
+    Raises UserError that names `source`, the key, what it holds and what was expected.
+    """
+    if isinstance(values, TrainConfig):
+        values = dataclasses.asdict(values)
+    _check_names(TrainConfig, values, source)
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()
+        ]
+        raise UserError(f"{source}: " + "; ".join(problems)) from None
+
+
+def _check_names(cls: type, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must map names to values")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            error = unknown_name("key", f"{prefix}{key}", (prefix + name for name in fields))
+            raise UserError(f"{source}: {error}")
+        nested = fields[key].default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            _check_names(nested, value, source, f"{prefix}{key}.")
+
+
+def recipe_names() -> list[str]:
+    """Names that `--config` takes, sorted."""
+    folder = resources.files("arat_fast") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str) -> TrainConfig:
+    """The configuration of a bundled recipe, a YAML file, or a run's config.json.
+
+    Raises UserError for an unknown name (with the nearest known one), or a file that is no valid
+    configuration.
+    """
+    if name_or_file in recipe_names():
+        text = (resources.files("arat_fast") / "recipes" / f"{name_or_file}.yaml").read_text()
+    elif Path(name_or_file).suffix in (".yaml", ".yml", ".json"):
+        try:
+            text = Path(name_or_file).read_text()
+        except OSError as error:
+            raise UserError(f"cannot read the recipe file {name_or_file}: {error.strerror}") from None
+    else:
+        raise unknown_name("recipe", name_or_file, recipe_names())
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{name_or_file} is not valid YAML: {error}") from None
+    return validated(values, name_or_file)
+
+
+def save_json(config: TrainConfig, path: Path) -> None:
+    """Write the configuration; `load_recipe` reads it back to an equal one."""
+    path.write_text(json.dumps(to_mapping(config), indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Accuracy of trained networks: clean, under PGD, under AutoAttack."""

@@ -1,0 +1,92 @@
+"""Which images a network still classifies correctly: clean, and under PGD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast import reference
+from arat_fast.loaders.images import ImageSet
+from arat_fast.loaders.stream import counter_seed
+
+
+def batches(data: ImageSet, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(offset, images in [0, 1] NCHW fp32, labels) of a data set, in its order."""
+    for offset in range(0, len(data), size):
+        images = torch.from_numpy(data.images[offset : offset + size]).to(device)
+        labels = torch.from_numpy(data.labels[offset : offset + size]).to(device)
+        yield offset, images.permute(0, 3, 1, 2).contiguous().float() / 255, labels
+
+
+@torch.no_grad()
+def _correct(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return network(images).argmax(1).eq(labels).cpu()
+
+
+def clean_correct(
+    network: nn.Module, data: ImageSet, *, branch: str = "adv", batch_size: int = 250, device: torch.device
+) -> Tensor:
+    """(N,) bool: the image is classified correctly in eval mode by the branch. The network's mode is put
+    back.
+    """
+    parts = []
+    with reference.attack_mode(network, branch, batch_statistics=False):
+        for _, images, labels in batches(data, batch_size, device):
+            parts.append(_correct(network, images, labels))
+    return torch.cat(parts)
+
+
+def pgd_correct(
+    network: nn.Module,
+    data: ImageSet,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: str = "Linf",
+    loss: str = "ce",
+    restarts: int = 1,
+    seed: int = 0,
+    batch_size: int = 250,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda images: None,
+) -> Tensor:
+    """(N,) bool: still correct under every restart of PGD against the inference branch with running
+    statistics.
+
+    Random starts depend on (seed, restart, offset) alone. `progress` is told how many images each batch
+    finished.
+    """
+    robust = []
+    with reference.attack_mode(network, "adv", batch_statistics=False):
+        for offset, images, labels in batches(data, batch_size, device):
+            survived = _correct(network, images, labels)
+            for restart in range(restarts):
+                generator = torch.Generator(device).manual_seed(counter_seed(seed, restart, offset))
+                start = reference.random_start(images, eps, norm, generator)
+                x_adv = reference.pgd(
+                    network,
+                    images,
+                    labels,
+                    eps=eps,
+                    alpha=alpha,
+                    steps=steps,
+                    norm=norm,
+                    start=start,
+                    loss=loss,
+                    batch_statistics=False,
+                )
+                survived &= _correct(network, x_adv, labels)
+            robust.append(survived)
+            progress(len(images))
+    return torch.cat(robust)
+
+
+def binomial_error(accuracy: float, count: int) -> float:
+    """Half-width of the 95 % interval of an accuracy in [0, 1] measured on `count` images (normal
+    approximation).
+    """
+    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)

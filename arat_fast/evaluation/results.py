@@ -1,0 +1,238 @@
+"""The evaluation of a run as one record that can be quoted."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from arat_fast.config import to_mapping
+from arat_fast.environment import environment
+from arat_fast.errors import TrainingError, UserError, unknown_name
+from arat_fast.evaluation.accuracy import binomial_error, clean_correct, pgd_correct
+from arat_fast.evaluation.autoattack import OFFICIAL_ITERATIONS, PAPER_ITERATIONS, autoattack_correct
+from arat_fast.evaluation.network import TrainedNetwork, load_run
+from arat_fast.loaders.images import ImageSet
+from arat_fast.pixels import format_pixels
+from arat_fast.reference import SplitBatchNorm2d
+from arat_fast.training.directory import RunDirectory
+
+PGD = re.compile(r"pgd([1-9]\d*)(-margin)?")
+NAMES = ("clean", "pgd20", "pgd20-margin", "autoattack", "autoattack10")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How a run is evaluated; None takes the run's own evaluation settings."""
+
+    weights: str = "auto"
+    restarts: int = 1
+    seed: int = 0
+    eps: float | None = None
+    alpha: float | None = None
+    batch_size: int | None = None
+    limit: int = 0
+
+
+def check_attacks(names: Sequence[str]) -> None:
+    """Raise UserError with the nearest known name unless every name is an attack."""
+    for name in names:
+        if name not in NAMES and not PGD.fullmatch(name):
+            raise unknown_name("attack", name, NAMES)
+
+
+def _figure(correct: Tensor, **settings: object) -> dict[str, object]:
+    accuracy = float(correct.float().mean())
+    return {
+        "accuracy": accuracy,
+        "correct": int(correct.sum()),
+        "n": len(correct),
+        "error_95": binomial_error(accuracy, len(correct)),
+        **settings,
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def evaluate_run(
+    run: Path,
+    test: ImageSet,
+    attacks: Sequence[str],
+    *,
+    device: torch.device,
+    options: EvaluationOptions = EvaluationOptions(),
+) -> dict[str, Any]:
+    """Measure a run on test images with the named attacks; everything needed to quote the figures is in the
+    result.
+
+    attacks: "clean", "pgdK", "pgdK-margin", "autoattack" (official, 100 iterations), "autoattack10" (10
+    iterations, as the ARAT paper's figures). Raises UserError for an unknown attack, or data that does not
+    fit the network.
+    """
+    check_attacks(attacks)
+    trained = load_run(run, device, options.weights)
+    shape = tuple(trained.checkpoint_state["image_shape"])
+    if test.image_shape != shape or test.num_classes != trained.checkpoint_state["num_classes"]:
+        raise UserError(
+            f"{run} was trained on images of {shape} in {trained.checkpoint_state['num_classes']} classes; "
+            f"{test.source} has {test.image_shape} in {test.num_classes}"
+        )
+    digest = _sha256(trained.checkpoint)
+    data = test.first(options.limit)
+    figures: dict[str, dict[str, object]] = {}
+    for name in attacks:
+        if name == "clean":
+            figures |= _clean_figures(trained, data, device)
+        elif (match := PGD.fullmatch(name)) is not None:
+            loss = "margin" if match[2] else "ce"
+            figures[name] = _pgd_figure(trained, data, int(match[1]), loss, options, device)
+        else:
+            iterations = PAPER_ITERATIONS if name == "autoattack10" else OFFICIAL_ITERATIONS
+            figures[name] = _autoattack_figure(trained, data, iterations, options, digest, device)
+    metrics = RunDirectory(run).metrics()
+    speeds = sorted(line["images_per_second"] for line in metrics)
+    return {
+        "run": str(run),
+        "method": trained.config.method,
+        "model": trained.config.model,
+        "dataset": trained.config.dataset,
+        "weights": trained.weights,
+        "checkpoint": trained.checkpoint.name,
+        "checkpoint_sha256": digest,
+        "epochs": trained.epochs,
+        "branch": "adv",
+        "bn": "running statistics",
+        "figures": figures,
+        "images_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "config": to_mapping(trained.config),
+        "environment": environment(device),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _batch_size(trained: TrainedNetwork, options: EvaluationOptions) -> int:
+    return options.batch_size or trained.config.evaluation.batch_size
+
+
+def _clean_figures(
+    trained: TrainedNetwork, data: ImageSet, device: torch.device
+) -> dict[str, dict[str, object]]:
+    size = trained.config.evaluation.batch_size
+    figures = {
+        "clean": _figure(clean_correct(trained.network, data, batch_size=size, device=device), branch="adv")
+    }
+    if any(isinstance(m, SplitBatchNorm2d) for m in trained.network.modules()):
+        other = clean_correct(trained.network, data, branch="clean", batch_size=size, device=device)
+        figures["clean_branch"] = _figure(other, branch="clean")
+    return figures
+
+
+def _pgd_figure(
+    trained: TrainedNetwork,
+    data: ImageSet,
+    steps: int,
+    loss: str,
+    options: EvaluationOptions,
+    device: torch.device,
+) -> dict[str, object]:
+    settings = trained.config.evaluation
+    eps = settings.eps if options.eps is None else options.eps
+    alpha = settings.alpha if options.alpha is None else options.alpha
+    with tqdm(total=len(data), desc=f"pgd{steps}", unit="image", leave=False, disable=None) as bar:
+        correct = pgd_correct(
+            trained.network,
+            data,
+            eps=eps,
+            alpha=alpha,
+            steps=steps,
+            norm=settings.norm,
+            loss=loss,
+            restarts=options.restarts,
+            seed=options.seed,
+            batch_size=_batch_size(trained, options),
+            device=device,
+            progress=bar.update,
+        )
+    return _figure(
+        correct,
+        branch="adv",
+        eps=format_pixels(eps),
+        alpha=format_pixels(alpha),
+        steps=steps,
+        norm=settings.norm,
+        loss=loss,
+        restarts=options.restarts,
+        seed=options.seed,
+    )
+
+
+def _autoattack_figure(
+    trained: TrainedNetwork,
+    data: ImageSet,
+    iterations: int,
+    options: EvaluationOptions,
+    digest: str,
+    device: torch.device,
+) -> dict[str, object]:
+    settings = trained.config.evaluation
+    eps = settings.eps if options.eps is None else options.eps
+    # Everything the verdicts depend on is in the name, so that another evaluation never picks up these.
+    key = f"{digest}-{trained.weights}-{eps!r}-{settings.norm}-{iterations}-{len(data)}-{options.seed}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    correct = autoattack_correct(
+        trained.network,
+        data,
+        eps=eps,
+        norm=settings.norm,
+        iterations=iterations,
+        seed=options.seed,
+        batch_size=_batch_size(trained, options),
+        device=device,
+        state_file=trained.run / "autoattack" / f"{name}.json",
+    )
+    official = iterations == OFFICIAL_ITERATIONS
+    return _figure(
+        correct,
+        branch="adv",
+        eps=format_pixels(eps),
+        norm=settings.norm,
+        version="standard"
+        if official
+        else f"standard, {iterations} iterations (as the ARAT paper's figures)",
+        iterations=iterations,
+        seed=options.seed,
+    )
+
+
+def summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain figures of one evaluation: attack name -> accuracy in [0, 1], and n, the images they were
+    measured on.
+    """
+    figures = evaluation["figures"]
+    return {name: figure["accuracy"] for name, figure in figures.items()} | {
+        "n": min(figure["n"] for figure in figures.values())
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON whole or not at all. Raises TrainingError when the disk refuses."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {path}: {error.strerror}; make room or give another place"
+        ) from error

@@ -1,0 +1,1 @@
+"""Training runs: epochs, schedule, checkpoints, averages."""

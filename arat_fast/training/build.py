@@ -1,0 +1,73 @@
+"""Network, method and optimizer of a configuration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from arat_fast import reference
+from arat_fast.config import TrainConfig
+from arat_fast.errors import UserError, unknown_name
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of "auto", "cpu" or "cuda". Raises UserError where a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or check `arat-fast env`")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def check_model(name: str) -> None:
+    """Raise UserError with the nearest known name unless `name` is a model."""
+    if name not in reference.MODELS:
+        raise unknown_name("model", name, reference.MODELS)
+
+
+def build_network(config: TrainConfig, channels: int, num_classes: int) -> nn.Module:
+    """The configured network with freshly drawn weights, which depend on the seed alone."""
+    check_model(config.model)
+    split_bn = config.method == "arat" and config.arat.split_bn
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return reference.MODELS[config.model](num_classes, channels, split_bn)
+
+
+def build_method(config: TrainConfig, network: nn.Module) -> reference.ARAT | reference.Standard:
+    """The training method around `network`; its predictors' weights depend on the seed alone."""
+    if config.method == "standard":
+        return reference.Standard(network)
+    for layer in config.arat.layers:
+        known = [n for n, m in network.named_modules() if hasattr(m, "num_features") and "." + n]
+        if layer not in known:
+            raise unknown_name("layer", layer, (n for n in known if not n.endswith((".clean", ".adv"))))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed + 1)
+        return reference.ARAT(
+            network,
+            gamma=config.arat.gamma,
+            invariance=config.arat.invariance,
+            use_predictor=config.arat.predictor,
+            auto_balance=config.arat.auto_balance,
+            distance=config.arat.distance,
+            temperature=config.arat.temperature,
+            layers=config.arat.layers,
+        )
+
+
+def build_optimizer(config: TrainConfig, method: nn.Module) -> torch.optim.SGD:
+    """SGD over the network and the predictors, weight decay on all of them, momentum buffers present from the
+    start.
+
+    A zero buffer gives the first step's momentum bit for bit, and lets the state be saved and masked from
+    step 1.
+    """
+    optimizer = torch.optim.SGD(
+        method.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    for parameter in method.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

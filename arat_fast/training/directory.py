@@ -1,0 +1,133 @@
+"""A run directory: config.json, environment.json, metrics.jsonl, last.pt, and a lock while the run lives."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from arat_fast.config import TrainConfig, load_recipe, save_json
+from arat_fast.errors import TrainingError, UserError
+
+LAST_GOOD = "last_good.pt"  # kept beside last.pt when a loss stops being finite
+
+
+class RunDirectory:
+    """Files of one training run. One process at a time holds it; a dead one's hold is freed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def config_file(self) -> Path:
+        """config.json."""
+        return self.path / "config.json"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint, the one that is reported."""
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best validation accuracy, where a validation split was asked for."""
+        return self.path / "best.pt"
+
+    @property
+    def metrics_file(self) -> Path:
+        """metrics.jsonl: a line an epoch."""
+        return self.path / "metrics.jsonl"
+
+    def config(self) -> TrainConfig:
+        """The run's configuration. Raises UserError when the directory holds no run."""
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path} is no run directory: it has no config.json")
+        return load_recipe(str(self.config_file))
+
+    def create(self, config: TrainConfig, environment: dict[str, object]) -> None:
+        """Make the directory and write config.json and environment.json.
+
+        Raises UserError when it already holds a run, or anything else, or cannot be written.
+        """
+        if self.config_file.exists():
+            raise UserError(
+                f"{self.path} already holds a run: continue it with --resume, or give another --run-dir"
+            )
+        try:
+            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+                raise UserError(f"{self.path} is not empty: give a new or empty --run-dir")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+            # Last: a directory with a config.json is a run that can be resumed.
+            temporary = self.path / "config.json.tmp"
+            save_json(config, temporary)
+            temporary.replace(self.config_file)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory {self.path}: {error.strerror}; give another --run-dir"
+            ) from None
+
+    def lock(self) -> None:
+        """Hold the directory for this process. Raises UserError when another process does."""
+        if self._lock is not None:
+            return
+        try:
+            file = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory {self.path}: {error.strerror}; give another --run-dir"
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UserError(
+                f"{self.path} is being written by another process; wait for it or stop it"
+            ) from None
+        self._lock = file
+
+    def is_held(self) -> bool:
+        """Whether some process is running this run now."""
+        try:
+            with (self.path / ".lock").open("r") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one epoch's line. Raises TrainingError when the disk refuses."""
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {self.metrics_file}: {error.strerror}. Make room, then continue with --resume"
+            ) from error
+
+    def forget_metrics_after(self, epoch: int) -> None:
+        """Drop the lines of epochs that will be trained again after a resume."""
+        kept = [line for line in self.metrics() if line["epoch"] <= epoch]
+        temporary = self.metrics_file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.metrics_file)

@@ -1,0 +1,53 @@
+"""A sticky guard against non-finite losses, all on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class FiniteGuard:
+    """Keeps weights, momentum and statistics as they were before the first step whose loss or weights are not
+    finite.
+
+    `before` copies the guarded tensors, `after` puts the copies back when a loss term or a weight is not
+    finite, and from then on at every step, so the host may look later (`failure`) and still find good
+    weights. No host synchronisation in either: two copies of the state a step, under 1 % of a ten-step
+    attack's traffic.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self.weights = list(weights)
+        self.guarded = [*self.weights, *others]
+        self.copies = [torch.empty_like(t) for t in self.guarded]
+        device = self.guarded[0].device
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.term = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Copy the state that the coming step may spoil."""
+        torch._foreach_copy_(self.copies, self.guarded)
+
+    @torch.no_grad()
+    def after(self, terms: Sequence[Tensor], step: int | Tensor) -> None:
+        """Judge the step by its loss terms and the weights it left; undo it, and all that follow, if one is
+        not finite.
+        """
+        norms = torch.stack(torch._foreach_norm([w.float() for w in self.weights]))
+        bad = ~torch.isfinite(torch.stack([*(t.float() for t in terms), norms.sum()]))
+        first = self.step.lt(0) & bad.any()
+        self.term.copy_(torch.where(first, bad.int().argmax(), self.term))
+        self.step.copy_(torch.where(first, step, self.step))
+        undo = self.step.ge(0)
+        for tensor, copy in zip(self.guarded, self.copies, strict=True):
+            tensor.copy_(torch.where(undo, copy, tensor))
+
+    def failure(self, names: Sequence[str]) -> tuple[int, str] | None:
+        """(step, what) of the first failure, or None: a loss term's name, or "weights". Synchronises with the
+        host.
+        """
+        step = int(self.step)
+        return None if step < 0 else (step, [*names, "weights"][int(self.term)])

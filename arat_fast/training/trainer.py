@@ -1,0 +1,392 @@
+"""A training run: epochs, logging, averages, checkpoints, resume."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from arat_fast import reference
+from arat_fast.config import TrainConfig, to_mapping
+from arat_fast.environment import environment
+from arat_fast.errors import TrainingError, UserError
+from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
+from arat_fast.kernels.augment import random_crop_flip
+from arat_fast.loaders.dataloader import DataLoaderStream
+from arat_fast.loaders.images import ImageSet
+from arat_fast.loaders.stream import Batch, counter_seed
+from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
+from arat_fast.training.build import build_method, build_network, build_optimizer, pick_device
+from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.directory import LAST_GOOD, RunDirectory
+from arat_fast.training.finite import FiniteGuard
+from arat_fast.training.interrupt import StopRequested, StopSignals
+from arat_fast.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+log = logging.getLogger(__name__)
+BALANCE_BATCHES = 8  # the paper measures `a` on 1,024 images
+# A resumed run may differ in these; anything else would make it another run.
+FREE_KEYS = ("epochs", "data_root", "device", "workers", "evaluation")
+
+
+class Trainer:
+    """One run in one directory, from its configuration and its training images.
+
+    `resume` continues from last.pt where there is one: the same batches, crops and attack starts follow, so
+    that on CPU an interrupted run ends with the weights of an uninterrupted one, bit for bit.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        train: ImageSet,
+        run_dir: Path,
+        *,
+        resume: bool = False,
+        tensorboard: bool = False,
+    ) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.train_images, self.validation_images = self._split(config, train)
+        network = build_network(config, train.image_shape[2], train.num_classes)
+        # Channels-last would be faster; the reference is the authors' way, and they train NCHW.
+        self.method = build_method(config, network).to(self.device)
+        self.network = self.method.network
+        self.optimizer = build_optimizer(config, self.method)
+        self.averages: dict[str, WeightAverage] = {}
+        if config.averaging.swa_start:
+            self.averages["swa"] = WeightAverage(self.network)
+        if config.averaging.ema_decay:
+            self.averages["ema"] = WeightAverage(self.network, config.averaging.ema_decay)
+        self.guard = self._make_guard()
+        self.stream = DataLoaderStream(
+            self.train_images,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=self.device,
+            workers=config.workers,
+        )
+        self.epoch, self.batch = 1, 0  # the next iteration's place: epoch from 1, batch from 0
+        self.sums: dict[str, Tensor] = {}  # image-weighted metrics of the epoch so far
+        self.images_seen, self.seconds = 0, 0.0
+        self.best_accuracy = -1.0
+        self.recalibrated: dict[str, dict[str, Tensor]] = {}
+        self.directory = RunDirectory(run_dir)
+        self._open(resume)
+        self.writer = summary_writer(run_dir / "tensorboard", self.epoch) if tensorboard else None
+
+    @staticmethod
+    def _split(config: TrainConfig, train: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+        train = train.first(config.limit_train)
+        validation = None
+        if config.validation:
+            train, validation = train.split(config.validation, config.seed)
+        if len(train) % config.batch_size == 1:
+            raise UserError(
+                f"{len(train)} training images in batches of {config.batch_size} leave a last batch of one "
+                "image, which BatchNorm cannot normalise; change --batch-size or --limit-train"
+            )
+        return train, validation
+
+    def _make_guard(self) -> FiniteGuard:
+        others = [*self.method.buffers()]
+        others += [s["momentum_buffer"] for s in self.optimizer.state.values()]
+        return FiniteGuard([p.detach() for p in self.method.parameters()], others)
+
+    def _open(self, resume: bool) -> None:
+        if not (resume and self.directory.config_file.exists()):
+            self.directory.create(self.config, environment(self.device))
+            return
+        self.directory.lock()
+        _check_same_run(self.directory.config(), self.config, self.directory.path)
+        if self.directory.last.exists():
+            self.load_state_dict(load_checkpoint(self.directory.last, self.device))
+            log.info("resuming %s at epoch %d, batch %d", self.directory.path, self.epoch, self.batch)
+        self.directory.forget_metrics_after(self.epoch - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "config": to_mapping(self.config),
+            "image_shape": list(self.train_images.image_shape),
+            "num_classes": self.train_images.num_classes,
+            "training_images": len(self.train_images),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "recalibrated": self.recalibrated,
+            "sums": self.sums,
+            "images_seen": self.images_seen,
+            "seconds": self.seconds,
+            "best_accuracy": self.best_accuracy,
+            "seed": self.config.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint. Raises UserError when it belongs to another network, method or data set."""
+        if state["training_images"] != len(self.train_images):
+            raise UserError(
+                f"{self.directory.last} was trained on {state['training_images']} images, "
+                f"the data set now has {len(self.train_images)}: give the same data"
+            )
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for name, average in self.averages.items():
+                average.load_state_dict(state["averages"][name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            first = str(error).split("\n")[0]
+            raise UserError(f"{self.directory.last} does not fit this run's network: {first}") from None
+        self.guard = self._make_guard()  # load_state_dict replaced the momentum buffers
+        for name in ("epoch", "batch", "sums", "images_seen", "seconds", "best_accuracy", "recalibrated"):
+            setattr(self, name, state[name])
+
+    def save(self) -> None:
+        """Write last.pt, atomically."""
+        save_checkpoint(self.directory.last, self.state_dict())
+
+    def augmented(self, batch: Batch, epoch: int) -> Tensor:
+        """The batch as cropped and flipped float images (N, C, H, W) in [0, 1]; a function of (seed, epoch,
+        index).
+        """
+        images = random_crop_flip(
+            batch.images,
+            batch.indices,
+            seed=self.config.seed,
+            epoch=epoch,
+            padding=self.config.padding,
+            flip=self.config.flip,
+        )
+        return images.contiguous()
+
+    def run(self) -> None:
+        """Train to the last epoch, evaluate nothing. Returns at once when the run is complete.
+
+        Raises StopRequested after Ctrl-C or SIGTERM, and TrainingError for a non-finite loss; the state is
+        saved.
+        """
+        with StopSignals() as signals:
+            while self.epoch <= self.config.epochs:
+                self._train_epoch(signals)
+        for name, average in self.averages.items():
+            if average.count and name not in self.recalibrated:
+                self._recalibrate(name)
+
+    def _train_epoch(self, signals: StopSignals) -> None:
+        rate = learning_rate(self.config, self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        balanced = isinstance(self.method, reference.ARAT) and self.method.auto_balance
+        if balanced and self.batch == 0:
+            self._balance()
+        bar = tqdm(
+            total=len(self.stream),
+            initial=self.batch,
+            desc=f"epoch {self.epoch}/{self.config.epochs}",
+            unit="batch",
+            leave=False,
+            disable=None,
+        )
+        with bar:
+            batches = self.stream.epoch(self.epoch, self.batch)
+            started = time.perf_counter()
+            for batch in batches:
+                self._iterate(batch)
+                bar.update()
+                if signals.received is not None and self.batch < len(self.stream):
+                    self.seconds += time.perf_counter() - started
+                    self._stop(signals.received)
+        self._synchronise()
+        self.seconds += time.perf_counter() - started
+        self._raise_if_not_finite()
+        self._end_epoch(rate, float(self.method.a) if balanced else None)
+        if signals.received is not None:
+            self._stop(signals.received)
+
+    def _balance(self) -> None:
+        assert isinstance(self.method, reference.ARAT)
+        first = []
+        for k, batch in enumerate(self.stream.epoch(self.epoch)):
+            if k == BALANCE_BATCHES:
+                break
+            first.append((self.augmented(batch, self.epoch), batch.labels))
+        self.method.balance(first)
+
+    def _iterate(self, batch: Batch) -> None:
+        config, attack = self.config, self.config.attack
+        step = self.epoch * len(self.stream) + self.batch
+        generator = torch.Generator(self.device).manual_seed(counter_seed(config.seed, step))
+        self.guard.before()
+        metrics = reference.train_step(
+            self.method,
+            self.optimizer,
+            self.augmented(batch, self.epoch),
+            batch.labels,
+            eps=attack.eps,
+            alpha=attack.alpha,
+            steps=attack.steps,
+            norm=attack.norm,
+            random=attack.random_start,
+            batch_statistics=attack.bn == "batch",
+            aliased_start=attack.aliased_start,
+            generator=generator,
+        )
+        self._terms = [name for name in metrics if not name.startswith("accuracy")]
+        self.guard.after([metrics[name] for name in self._terms], step)
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * len(batch.labels)
+        self.images_seen += len(batch.labels)
+        averaging = config.averaging
+        if swa_due(averaging.swa_start, averaging.swa_every, self.epoch, self.batch, len(self.stream)):
+            self.averages["swa"].update(self.network)
+        if "ema" in self.averages:
+            self.averages["ema"].update(self.network)
+        self.batch += 1
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _raise_if_not_finite(self) -> None:
+        failure = self.guard.failure(self._terms)
+        if failure is None:
+            return
+        step, what = failure
+        epoch, batch = divmod(step, len(self.stream))
+        # Last good weights; the counters say where a resumed run would meet the same batch again.
+        self.epoch, self.batch, self.sums, self.images_seen = epoch, batch, {}, 0
+        path = self.directory.path / LAST_GOOD
+        save_checkpoint(path, self.state_dict())
+        raise TrainingError(
+            f"{what} is not finite at step {step} (epoch {epoch}, batch {batch + 1}); the weights before it "
+            f"are in {path}. Lower --learning-rate, or check the data"
+        )
+
+    def _stop(self, number: int) -> None:
+        self._synchronise()
+        self._raise_if_not_finite()
+        self.save()
+        raise StopRequested(
+            f"stopped in epoch {self.epoch} of {self.config.epochs} and saved; continue with "
+            f"--run-dir {self.directory.path} --resume",
+            128 + number,
+        )
+
+    def _end_epoch(self, rate: float, balance: float | None) -> None:
+        line: dict[str, Any] = {"epoch": self.epoch}
+        line |= {name: float(total) / self.images_seen for name, total in self.sums.items()}
+        line |= {"learning_rate": rate, "images_per_second": self.images_seen / max(self.seconds, 1e-9)}
+        line["seconds"] = self.seconds
+        if balance is not None:
+            line["balance"] = balance
+        if self.validation_images is not None:
+            line |= self._validate(self.validation_images)
+        self.directory.append_metrics(line)
+        log.info("%s", describe(line, self.config.epochs))
+        if self.writer is not None:
+            for name, value in line.items():
+                self.writer.add_scalar(name, value, self.epoch)
+            self.writer.flush()
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.sums, self.images_seen, self.seconds = {}, 0, 0.0
+        if line.get("validation_pgd", -1.0) > self.best_accuracy:
+            self.best_accuracy = line["validation_pgd"]
+            save_checkpoint(self.directory.best, self.state_dict())
+        self.save()
+
+    def _validate(self, images: ImageSet) -> dict[str, float]:
+        evaluation = self.config.evaluation
+        clean = clean_correct(self.network, images, batch_size=evaluation.batch_size, device=self.device)
+        robust = pgd_correct(
+            self.network,
+            images,
+            eps=evaluation.eps,
+            alpha=evaluation.alpha,
+            steps=self.config.attack.steps,
+            norm=evaluation.norm,
+            batch_size=evaluation.batch_size,
+            device=self.device,
+        )
+        return {
+            "validation_clean": float(clean.float().mean()),
+            "validation_pgd": float(robust.float().mean()),
+        }
+
+    def _recalibrate(self, name: str) -> None:
+        """Measure the average's statistics: an epoch of adversarial examples through the adv branch."""
+        log.info("recalibrating BatchNorm statistics of the %s weights", name)
+        current = {key: value.clone() for key, value in self.network.state_dict().items()}
+        self.averages[name].copy_to(self.network)
+        recalibrate(self.network, self._adversarial_epoch())
+        self.recalibrated[name] = {key: value.clone() for key, value in self.network.state_dict().items()}
+        self.network.load_state_dict(current)
+        self.save()
+
+    def _adversarial_epoch(self) -> Iterator[Tensor]:
+        attack = self.config.attack
+        epoch = self.config.epochs + 1
+        for k, batch in enumerate(self.stream.epoch(epoch)):
+            images = self.augmented(batch, epoch)
+            if self.config.method == "standard":
+                yield images
+                continue
+            generator = torch.Generator(self.device).manual_seed(counter_seed(self.config.seed, epoch, k))
+            yield reference.pgd(
+                self.network,
+                images,
+                batch.labels,
+                eps=attack.eps,
+                alpha=attack.alpha,
+                steps=attack.steps,
+                norm=attack.norm,
+                start=reference.random_start(images, attack.eps, attack.norm, generator),
+                update_statistics=False,
+            )
+
+
+def summary_writer(folder: Path, first_epoch: int) -> SummaryWriter:
+    """TensorBoard's writer; events of epochs that are trained again are purged. UserError where it is
+    missing.
+    """
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboard: pip install 'arat-fast[tensorboard]'") from None
+    return SummaryWriter(str(folder), purge_step=first_epoch)
+
+
+def describe(line: dict[str, Any], epochs: int) -> str:
+    """One line for people of an epoch's metrics."""
+    parts = [f"epoch {line['epoch']}/{epochs}", f"loss {line['loss']:.3f}"]
+    parts += [
+        f"{name.removeprefix('accuracy_')} {100 * value:.1f} %"
+        for name, value in line.items()
+        if name.startswith(("accuracy_", "validation_"))
+    ]
+    parts += [f"lr {line['learning_rate']:g}", f"{line['images_per_second']:.0f} images/s"]
+    return "  ".join(parts)
+
+
+def _check_same_run(before: TrainConfig, now: TrainConfig, path: Path) -> None:
+    old, new = to_mapping(before), to_mapping(now)
+    changed = [
+        f"{key} was {old[key]!r} and is now {new[key]!r}"
+        for key in old
+        if key not in FREE_KEYS and old[key] != new[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was started with another configuration ({'; '.join(changed)}): drop those flags to "
+            "continue it, or give another --run-dir"
+        )

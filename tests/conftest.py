@@ -1,0 +1,66 @@
+"""What several tests need: small data in every layout, and the real data if it lies beside the checkout."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arat_fast.config import TrainConfig, load_recipe
+from arat_fast.loaders.images import ImageSet
+from arat_fast.loaders.sources import load
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the real CIFAR-10 in the official binary layout."""
+    script = SHARED / "cifar10" / "unpack.py"
+    if not script.exists():
+        pytest.skip(f"the real CIFAR-10 is not at {script.parent}")
+    root = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, str(script), str(root)], check=True, capture_output=True)
+    return root
+
+
+def write_cifar10_binary(root: Path, train: int = 10_000, seed: int = 0) -> Path:
+    """Random images in the official binary layout: six files, `train` records in each of the five."""
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        records = rng.integers(0, 256, (10_000 if name == "test_batch" else train, 3073), dtype=np.uint8)
+        records[:, 0] %= 10
+        records.tofile(folder / f"{name}.bin")
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[ImageSet, ImageSet]:
+    return load("digits")
+
+
+@pytest.fixture
+def tiny_config() -> TrainConfig:
+    """Three epochs of 96 digits with a two-step attack: a second on two cores."""
+    config = load_recipe("digits")
+    return dataclasses.replace(
+        config,
+        epochs=3,
+        batch_size=32,
+        limit_train=96,
+        device="cpu",
+        attack=dataclasses.replace(config.attack, steps=2),
+        evaluation=dataclasses.replace(config.evaluation, steps=2, limit=40),
+    )

@@ -1,0 +1,100 @@
+"""Configuration: recipes, ranges, names, and the round trip through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from arat_fast.config import TrainConfig, load_recipe, recipe_names, save_json, to_mapping, validated
+from arat_fast.errors import UserError
+from arat_fast.pixels import format_pixels, parse_pixels
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_recipe(name)
+    save_json(config, tmp_path / "config.json")
+    assert load_recipe(str(tmp_path / "config.json")) == config
+
+
+def test_the_papers_eight_settings() -> None:
+    for dataset in ("cifar10", "cifar100"):
+        for model, gamma in (("resnet18", 30.0), ("wrn-34-10", 100.0)):
+            for swa in (False, True):
+                config = load_recipe(f"arat-{'swa-' if swa else ''}{dataset}-{model}")
+                expected = dataclasses.replace(
+                    TrainConfig(),
+                    dataset=dataset,
+                    model=model,
+                    arat=dataclasses.replace(TrainConfig().arat, gamma=gamma),
+                    averaging=dataclasses.replace(TrainConfig().averaging, swa_start=76 if swa else 0),
+                )
+                assert config == expected
+
+
+def test_defaults_are_the_papers() -> None:
+    config = TrainConfig()
+    assert (config.attack.eps, config.attack.alpha, config.attack.steps) == (8 / 255, 2 / 255, 10)
+    assert (config.epochs, config.batch_size, config.momentum, config.weight_decay) == (100, 128, 0.9, 5e-4)
+    assert config.validation == config.limit_train == 0
+    assert not config.attack.aliased_start
+    assert config.attack.bn == "batch"
+
+
+@pytest.mark.parametrize("text", ["8/255", "0.0314", "128/255", "0.12", "0", "0.5/255", "1e-3"])
+def test_pixel_quantities_round_trip(text: str) -> None:
+    value = parse_pixels(text)
+    assert parse_pixels(format_pixels(value)) == value
+
+
+@pytest.mark.parametrize("text", ["", "8/0", "8/", "eight", "nan", "inf", "-1/255", "1/2/3"])
+def test_wrong_pixel_quantities(text: str) -> None:
+    with pytest.raises(ValueError, match="is n"):
+        parse_pixels(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"attack": {"epz": "8/255"}}, "did you mean 'attack.eps'"),
+        ({"attack": {"eps": "big"}}, "attack.eps = 'big'"),
+        ({"attack": {"eps": -1}}, "attack.eps"),
+        ({"attack": 8}, "attack must map"),
+        ({"epochs": 2.5}, "epochs = 2.5"),
+        ({"epochs": 0}, "greater than or equal to 1"),
+        ({"epochs": "many"}, "epochs = 'many'"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"batch_size": 1}, "batch_size = 1"),
+        ({"drops": [0]}, "drops.0"),
+        ({"method": "arta"}, "method = 'arta'"),
+        ({"arat": {"gamma": -1}}, "arat.gamma"),
+        ({"momentum": 1.0}, "less than 1"),
+    ],
+)
+def test_wrong_values_name_the_key_and_what_was_expected(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=r"^mine\.yaml: ") as caught:
+        validated(values, "mine.yaml")
+    assert message in str(caught.value)
+
+
+def test_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'arat-cifar10-resnet18'"):
+        load_recipe("arat-cifar10-resnet-18")
+
+
+def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+    (tmp_path / "broken.yaml").write_text("attack: [1, 2")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(str(tmp_path / "broken.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(UserError, match="must map names"):
+        load_recipe(str(tmp_path / "list.yaml"))
+
+
+def test_mapping_writes_pixels_as_fractions() -> None:
+    assert to_mapping(TrainConfig())["attack"]["eps"] == "8/255"
