@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,12 @@ from torch import Tensor
 from arat_fast.kernels.dispatch import INTERPRETING
 
 compiled_only = pytest.mark.skipif(INTERPRETING, reason="the interpreter takes real tensors only")
-gpu_only = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETING, reason="no GPU"),
-]
+
+
+def gpu_only(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test `gpu`; it is skipped where there is none."""
+    no_gpu = not torch.cuda.is_available() or INTERPRETING
+    return pytest.mark.gpu(pytest.mark.skipif(no_gpu, reason="no GPU, or interpreting")(test))
 
 
 class Canary:
