@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from arat_fast.errors import TrainingError, UserError, unknown_name
+from arat_fast.errors import StopRequested, TrainingError, UserError, unknown_name
 
 # name -> (module, what it does); modules are imported when asked for, so that `--help` is quick.
 COMMANDS = {
@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"arat-fast: {error}", file=sys.stderr)
         return 1
+    except StopRequested as stop:
+        print(f"arat-fast: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("arat-fast: interrupted", file=sys.stderr)
         return 130

@@ -14,6 +14,14 @@ class TrainingError(Exception):
     """A run failed while it ran (non-finite loss, full disk); what was saved is named in the message."""
 
 
+class StopRequested(Exception):
+    """The run was asked to stop; its state is saved. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """UserError for an unknown `name`, with the nearest of the `known` ones first."""
     choices = sorted(known)

@@ -269,7 +269,7 @@ def pgd(
     """
     x = images.detach()
     x_adv = x.clone() if start is None else (x + start).clamp(0, 1)
-    with attack_mode(model, branch, batch_statistics, update_statistics):
+    with attack_mode(model, branch, batch_statistics, update_statistics), torch.enable_grad():
         for _ in range(steps):
             x_adv.requires_grad_()
             objective = attack_loss(model(x_adv), labels, loss).sum()

@@ -14,7 +14,8 @@ import tyro
 from arat_fast.commands.table import accuracy_table
 from arat_fast.config import Pixels
 from arat_fast.evaluation.network import load_run
-from arat_fast.evaluation.results import EvaluationOptions, check_attacks, evaluate_run, write_json
+from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.results import EvaluationOptions, check_attacks, evaluate_run
 from arat_fast.evaluation.sanity import sanity_checks
 from arat_fast.loaders import sources
 from arat_fast.training.build import pick_device

@@ -16,7 +16,8 @@ import tyro
 from arat_fast.commands.table import accuracy_table
 from arat_fast.config import TrainConfig, load_recipe, recipe_names, to_mapping, validated
 from arat_fast.errors import UserError
-from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary, write_json
+from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSet
 from arat_fast.training.build import check_model, pick_device
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--resume needs --run-dir: the folder of the run to continue")
     run_dir = options.run_dir or _default_run_dir(options.config)
     train, test = sources.load(config.dataset, config.data_root)
-    runs = {config.method: (config, run_dir)}
+    runs: dict[str, tuple[TrainConfig, Path]] = {config.method: (config, run_dir)}
     if options.with_standard and config.method != "standard":
         runs["standard"] = (dataclasses.replace(config, method="standard"), run_dir / "standard")
     for one, where in runs.values():

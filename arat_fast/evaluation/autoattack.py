@@ -8,12 +8,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from arat_fast import reference
 from arat_fast.errors import UserError
 from arat_fast.evaluation.accuracy import batches
+from arat_fast.evaluation.record import write_json
 from arat_fast.loaders.images import ImageSet
 
 log = logging.getLogger(__name__)
@@ -65,20 +68,28 @@ def autoattack_correct(
     `iterations` is 100 and Square's `queries` 5,000 in the official standard version. With `state_file`, an
     evaluation that was cut short goes on where it stopped; the caller names the file after everything that
     the result depends on. Raises UserError when pyautoattack is not installed, the network has too few
-    classes, or the state file is damaged.
+    classes.
     """
     try:
         from pyautoattack import AutoAttack
-        from pyautoattack.state import EvaluationState
     except ImportError:
         raise UserError("AutoAttack needs pyautoattack: pip install 'arat-fast[evaluation]'") from None
     if data.num_classes < 10 and any(name.endswith("-t") for name in attacks):
         raise UserError(
             f"AutoAttack's targeted attacks need 10 classes, the data has {data.num_classes}; use pgd instead"
         )
-    parts = [(images, labels) for _, images, labels in batches(data, batch_size, device)]
-    images, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    with reference.attack_mode(network, "adv", batch_statistics=False), _quiet_library():
+    verdicts = _finished(state_file)
+    if len(verdicts) == len(data):
+        return torch.tensor(verdicts, dtype=torch.bool)
+    rest = data.take(np.arange(len(verdicts), len(data)))
+    devices = [device] if device.type == "cuda" else []
+    # The library seeds torch's global generators; the caller's stream must not notice.
+    with (
+        reference.attack_mode(network, "adv", batch_statistics=False),
+        _quiet_library(),
+        torch.random.fork_rng(devices),
+        tqdm(total=len(data), initial=len(verdicts), unit="image", leave=False, disable=None) as bar,
+    ):
         attack = AutoAttack(network, eps=eps, norm=norm, seed=seed, device=device, version="standard")
         attack.attacks_to_run = list(attacks)
         attack.fab.n_iter = iterations
@@ -89,36 +100,25 @@ def autoattack_correct(
             apgd.n_iter_2 = max(int(0.22 * iterations), 1)
             apgd.n_iter_min = max(int(0.06 * iterations), 1)
             apgd.size_decr = max(int(0.03 * iterations), 1)
-        # Without a state file there is nowhere else that the library leaves its verdict per image.
-        with _state_path(state_file) as path:
-            _check_state(path)
-            attack.run_standard_evaluation(images, labels, batch_size=batch_size, state_path=path)
-            flags = EvaluationState.from_disk(path).robust_flags
-    assert flags is not None
-    return flags.cpu()
+        for _, images, labels in batches(rest, batch_size, device):
+            # The label that each image ended with: the true one where no attack succeeded.
+            _, final = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
+            verdicts += final.eq(labels).tolist()
+            bar.update(len(labels))
+            if state_file is not None:
+                write_json(state_file, {"robust": verdicts})
+    return torch.tensor(verdicts, dtype=torch.bool)
 
 
-@contextlib.contextmanager
-def _state_path(path: Path | None) -> Iterator[Path]:
-    import tempfile
-
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "state.json"
-
-
-def _check_state(path: Path) -> None:
-    """A state file that a crash cut short must not look like an evaluation."""
-    if not path.exists():
-        return
+def _finished(state_file: Path | None) -> list[bool]:
+    """Verdicts of an evaluation that was cut short; none where there is no file or a damaged one."""
+    if state_file is None:
+        return []
+    state_file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        state = json.loads(path.read_text())
-        started = state["_robust_flags"] is not None
+        return [bool(v) for v in json.loads(state_file.read_text())["robust"]]
+    except FileNotFoundError:
+        return []
     except (ValueError, KeyError, TypeError):
-        log.warning("%s is damaged: AutoAttack starts again", path)
-        started = False
-    if not started:
-        path.unlink()
+        log.warning("%s is damaged: AutoAttack starts again", state_file)
+        return []

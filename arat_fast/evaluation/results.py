@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from arat_fast.config import to_mapping
 from arat_fast.environment import environment
-from arat_fast.errors import TrainingError, UserError, unknown_name
+from arat_fast.errors import UserError, unknown_name
 from arat_fast.evaluation.accuracy import binomial_error, clean_correct, pgd_correct
 from arat_fast.evaluation.autoattack import OFFICIAL_ITERATIONS, PAPER_ITERATIONS, autoattack_correct
 from arat_fast.evaluation.network import TrainedNetwork, load_run
@@ -224,15 +223,3 @@ def summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {name: figure["accuracy"] for name, figure in figures.items()} | {
         "n": min(figure["n"] for figure in figures.values())
     }
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all. Raises TrainingError when the disk refuses."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write {path}: {error.strerror}; make room or give another place"
-        ) from error

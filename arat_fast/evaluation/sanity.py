@@ -1,4 +1,4 @@
-"""Signs of gradient masking (Athalye et al. 2018, Carlini et al. 2019): an attack that fails is no defence."""
+"""Signs of gradient masking (Athalye et al. 2018, Carlini et al. 2019)."""
 
 from __future__ import annotations
 

@@ -100,11 +100,12 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], branch: str = "ad
     modes = [(m, m.training) for m in network.modules()]
     use_branch(network, branch)
     seen = 0
-    with _cumulative(norms) as weigh, torch.no_grad():
+    with _cumulative(norms) as weigh:
         for images in batches:
             network.train()
             weigh(seen, len(images))
-            network(images)
+            with torch.no_grad():
+                network(images)
             seen += len(images)
     for module, training in modes:
         module.training = training

@@ -90,6 +90,12 @@ class RunDirectory:
             ) from None
         self._lock = file
 
+    def release(self) -> None:
+        """Let other processes have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def is_held(self) -> bool:
         """Whether some process is running this run now."""
         try:

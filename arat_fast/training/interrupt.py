@@ -7,14 +7,6 @@ import threading
 from types import FrameType, TracebackType
 
 
-class StopRequested(Exception):
-    """The run was asked to stop; its state is saved. `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 class StopSignals:
     """While entered, the first SIGINT or SIGTERM only sets `received`; a second one interrupts at once."""
 

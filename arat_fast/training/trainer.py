@@ -15,7 +15,7 @@ from tqdm import tqdm
 from arat_fast import reference
 from arat_fast.config import TrainConfig, to_mapping
 from arat_fast.environment import environment
-from arat_fast.errors import TrainingError, UserError
+from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.loaders.dataloader import DataLoaderStream
@@ -26,7 +26,7 @@ from arat_fast.training.build import build_method, build_network, build_optimize
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.directory import LAST_GOOD, RunDirectory
 from arat_fast.training.finite import FiniteGuard
-from arat_fast.training.interrupt import StopRequested, StopSignals
+from arat_fast.training.interrupt import StopSignals
 from arat_fast.training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -171,11 +171,17 @@ class Trainer:
         return images.contiguous()
 
     def run(self) -> None:
-        """Train to the last epoch, evaluate nothing. Returns at once when the run is complete.
+        """Train to the last epoch, then let go of the directory. Returns at once when the run is complete.
 
         Raises StopRequested after Ctrl-C or SIGTERM, and TrainingError for a non-finite loss; the state is
         saved.
         """
+        try:
+            self._run()
+        finally:
+            self.directory.release()
+
+    def _run(self) -> None:
         with StopSignals() as signals:
             while self.epoch <= self.config.epochs:
                 self._train_epoch(signals)
@@ -210,9 +216,13 @@ class Trainer:
         self._synchronise()
         self.seconds += time.perf_counter() - started
         self._raise_if_not_finite()
-        self._end_epoch(rate, float(self.method.a) if balanced else None)
+        self._end_epoch(rate, self._balance_weight() if balanced else None)
         if signals.received is not None:
             self._stop(signals.received)
+
+    def _balance_weight(self) -> float:
+        assert isinstance(self.method, reference.ARAT)
+        return float(self.method.a)
 
     def _balance(self) -> None:
         assert isinstance(self.method, reference.ARAT)
@@ -242,7 +252,8 @@ class Trainer:
             aliased_start=attack.aliased_start,
             generator=generator,
         )
-        self._terms = [name for name in metrics if not name.startswith("accuracy")]
+        # The terms, not their sum: the message names the one that failed first.
+        self._terms = [name for name in metrics if name != "loss" and not name.startswith("accuracy")]
         self.guard.after([metrics[name] for name in self._terms], step)
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * len(batch.labels)
