@@ -40,7 +40,7 @@ from .pgd_l2 import l2_step_reference, launch_l2
 
 Norm = Literal["Linf", "L2"]
 
-_BLOCK = 1024
+_BLOCK = 2048
 
 
 def linf_step_reference(
