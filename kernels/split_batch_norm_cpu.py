@@ -1,0 +1,127 @@
+"""Split batch normalisation on the CPU: PyTorch's channels-last kernels, one call a branch, into slices.
+
+Chosen by measurement (one core, 128 × 64 × 32 × 32, BN + add + ReLU, forward): 6.6 ms in bf16 and 22 ms in
+fp32, against 93 and 85 ms for the (B, R, C) view compiled by Inductor, 170 and 113 ms for the view in eager
+mode. Slices of the batch are views, so nothing is copied; ReLU and the residual work in place on y, and
+backward reads y instead of a bit mask.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_cpu", "batch_backward_cpu", "batch_forward_cpu", "input_gradient_cpu", "through_relu_cpu"]
+
+_native = torch.ops.aten.native_batch_norm.out
+_native_backward = torch.ops.aten.native_batch_norm_backward.out
+_threshold_backward = torch.ops.aten.threshold_backward.default
+
+
+def _parts(x: Tensor, branches: int) -> tuple[Tensor, ...]:
+    return x.tensor_split(branches)
+
+
+def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def batch_forward_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, biased variance) with the statistics of the batch."""
+    branches = weight.shape[0]
+    y = torch.empty_like(x)
+    # Momentum 1 on zeros makes PyTorch hand out the statistics themselves; 1 / invstd² − eps would lose small
+    # variances.
+    mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
+    invstd = torch.empty_like(weight)
+    unused = torch.empty_like(weight)
+    for k, (x_k, y_k) in enumerate(zip(_parts(x, branches), _parts(y, branches), strict=True)):
+        _native(
+            x_k,
+            weight[k],
+            bias[k],
+            mean[k],
+            var[k],
+            True,
+            1.0,
+            eps,
+            out=y_k,
+            save_mean=unused[k],
+            save_invstd=invstd[k],
+        )
+    count = x.numel() // weight.numel()
+    return _finish(y, residual, relu), mean, var.mul_((count - 1) / count)
+
+
+def apply_cpu(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+) -> Tensor:
+    """Y with given statistics."""
+    branches = weight.shape[0]
+    y = torch.empty_like(x)
+    empty = weight.new_empty(0)
+    for k, (x_k, y_k) in enumerate(zip(_parts(x, branches), _parts(y, branches), strict=True)):
+        _native(
+            x_k,
+            weight[k],
+            bias[k],
+            mean[k],
+            var[k],
+            False,
+            0.0,
+            eps,
+            out=y_k,
+            save_mean=empty,
+            save_invstd=empty,
+        )
+    return _finish(y, residual, relu)
+
+
+def through_relu_cpu(dy: Tensor, y: Tensor | None) -> Tensor:
+    """Gradient before the ReLU whose output was y; dy itself without one."""
+    if y is None:
+        return dy
+    g: Tensor = _threshold_backward(dy, y, 0)
+    return g
+
+
+def batch_backward_cpu(
+    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) with the statistics of the batch; g is the gradient before the ReLU."""
+    branches = weight.shape[0]
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    invstd = torch.rsqrt(var + eps)
+    parts = (_parts(t, branches) for t in (g, x, dx))
+    for k, (g_k, x_k, dx_k) in enumerate(zip(*parts, strict=True)):
+        _native_backward(
+            g_k,
+            x_k,
+            weight[k],
+            None,
+            None,
+            mean[k],
+            invstd[k],
+            True,
+            eps,
+            [True, True, True],
+            out0=dx_k,
+            out1=dweight[k],
+            out2=dbias[k],
+        )
+    return dx, dweight, dbias
+
+
+def input_gradient_cpu(g: Tensor, var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Dx = g·weight/√(var + eps), statistics constant: the forward kernel itself, with mean and bias zero."""
+    zero = torch.zeros_like(weight)
+    return apply_cpu(g, zero, var, weight, zero, None, False, eps)

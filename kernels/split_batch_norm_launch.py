@@ -1,0 +1,435 @@
+"""Launchers of the split-BN kernels: block shapes from the tensor's shape alone, never from the GPU's name.
+
+So the same shapes give the same bits on every GPU of one architecture. Sizes: a program of 4 warps holds a
+tile of 2,048 accumulators (16 a thread), and about 1,024 programs share a reduction, which keeps 132
+multiprocessors full and leaves at most 1,024 partial results a channel. Each thread has 2 to 4 loads of 16
+bytes in flight.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import split_batch_norm_triton as forward
+from . import split_batch_norm_triton_backward as backward
+
+__all__ = [
+    "Launch",
+    "apply_triton",
+    "batch_backward_triton",
+    "batch_forward_triton",
+    "gate_kind",
+    "input_gradient_triton",
+    "record",
+    "reduce_triton",
+    "statistics_triton",
+]
+
+# Up to here one program runs down a whole column of the layer, twice, the second time out of L1 or L2.
+# 4 × 4 layers at batch 128 a branch have 2,048 rows.
+SMALL_ROWS = 2048
+
+
+class Launch(NamedTuple):
+    """A kernel with what it is launched with."""
+
+    kernel: Any
+    args: tuple[object, ...]
+    meta: dict[str, object]
+
+
+class Reduction(NamedTuple):
+    """How rows are shared among the programs of a reduction."""
+
+    steps: int
+    unroll: int
+    block_r: int
+    block_c: int
+    splits: int
+
+    @property
+    def rows(self) -> int:
+        """Rows a program reads."""
+        return self.steps * self.unroll * self.block_r
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def channel_block(channels: int, largest: int = 64) -> int:
+    """Channels a tile spans: the widest power of two that divides them, else one that covers them."""
+    for block in (64, 32, 16):
+        if block <= largest and channels % block == 0:
+            return block
+    return min(64, max(8, _power_of_two(channels)))
+
+
+def reduction(rows: int, channels: int, branches: int, itemsize: int, streams: int) -> Reduction:
+    """Plan for `streams` activations read together."""
+    block_c = channel_block(channels)
+    block_r = (2048 if channels % 8 == 0 else 1024) // block_c  # odd channels: an address a load
+    # Four loads of 16 bytes in flight a thread (bf16); with eight, ptxas spills at 72 registers.
+    unroll = 2 if itemsize * streams <= 4 else 1
+    columns = branches * _cdiv(channels, block_c)
+    programs = max(1, 1024 // columns)
+    steps = _power_of_two(_cdiv(rows, block_r * unroll * programs))
+    return Reduction(steps, unroll, block_r, block_c, _cdiv(rows, block_r * unroll * steps))
+
+
+def combination(splits: int) -> tuple[int, int]:
+    """(BLOCK_S, BLOCK_C) of the kernels that add up partial results: 4,096 elements at most."""
+    block_s = _power_of_two(splits)
+    return block_s, max(4, min(32, 4096 // block_s))
+
+
+def elementwise(channels: int, itemsize: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_C) of the kernels that write an activation: 8 KiB of each stream a program."""
+    block_c = channel_block(channels)
+    return (8192 // itemsize if channels % 8 == 0 else 2048) // block_c, block_c
+
+
+def small(rows: int, channels: int) -> tuple[int, int, int, int]:
+    """(STEPS, BLOCK_R, BLOCK_C, num_warps) of the one-launch kernels: narrow columns, many warps."""
+    block_c = channel_block(channels, largest=16)
+    block_r = min(8192 // block_c, max(16, _power_of_two(rows)))
+    return _cdiv(rows, block_r), block_r, block_c, max(1, min(16, block_r * block_c // 512))
+
+
+# While set, launches are written down instead of done: the compile-only check sees exactly what a trainer
+# launches.
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+def record(function: Callable[..., object], *args: object, **options: object) -> list[Launch]:
+    """The launches that a launcher would do with these arguments, none of them done."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        function(*args, **options)
+    finally:
+        _recorded.reset(token)
+    return launches
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: object, **meta: object) -> None:
+    recorded = _recorded.get()
+    if recorded is None:
+        kernel[grid](*args, **meta)
+    else:
+        recorded.append(Launch(kernel, args, meta))
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _shape(x: Tensor, branches: int) -> tuple[int, int]:
+    """(rows a branch, channels)."""
+    return x.numel() // (branches * x.shape[1]), x.shape[1]
+
+
+def _new_bits(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return torch.empty(n * h * w, _cdiv(c, 8), dtype=torch.uint8, device=x.device)
+
+
+def gate_kind(gate: Tensor | None, relu: bool) -> int:
+    """Which GATE the backward kernels are compiled for."""
+    kind = backward.GATE_NONE if not relu else backward.GATE_RECOMPUTE if gate is None else backward.GATE_BITS
+    return int(kind.value)
+
+
+def statistics_triton(x: Tensor, branches: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, each (branches, C) fp32, in two launches."""
+    rows, c = _shape(x, branches)
+    plan = reduction(rows, c, branches, x.element_size(), streams=1)
+    partial = torch.empty(branches, plan.splits, 2, c, dtype=torch.float32, device=x.device)
+    mean = torch.empty(branches, c, dtype=torch.float32, device=x.device)
+    var = torch.empty_like(mean)
+    block_s, block_c = combination(plan.splits)
+    with _on_device(x):
+        _launch(
+            forward.statistics_partial_kernel,
+            (plan.splits, _cdiv(c, plan.block_c), branches),
+            x,
+            partial,
+            rows,
+            c,
+            STEPS=plan.steps,
+            UNROLL=plan.unroll,
+            BLOCK_R=plan.block_r,
+            BLOCK_C=plan.block_c,
+            num_warps=4,
+        )
+        _launch(
+            forward.statistics_combine_kernel,
+            (_cdiv(c, block_c), branches),
+            partial,
+            mean,
+            var,
+            rows,
+            c,
+            plan.splits,
+            ROWS=plan.rows,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return mean, var
+
+
+def apply_triton(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    save_bits: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, packed bits or None) in one launch."""
+    branches = weight.shape[0]
+    rows, c = _shape(x, branches)
+    y = torch.empty_like(x)
+    bits = _new_bits(x) if save_bits else None
+    block_r, block_c = elementwise(c, x.element_size())
+    with _on_device(x):
+        _launch(
+            forward.apply_kernel,
+            (_cdiv(rows, block_r), _cdiv(c, block_c), branches),
+            x,
+            x if residual is None else residual,
+            mean,
+            var,
+            weight,
+            bias,
+            y,
+            x if bits is None else bits,
+            rows,
+            c,
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            RELU=relu,
+            SAVE_BITS=save_bits,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return y, bits
+
+
+def reduce_triton(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    relu: bool,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Σ g and Σ g·x̂, each (branches, C) fp32, in two launches."""
+    branches = weight.shape[0]
+    rows, c = _shape(x, branches)
+    plan = reduction(rows, c, branches, x.element_size(), streams=2)
+    partial = torch.empty(branches, plan.splits, 2, c, dtype=torch.float32, device=x.device)
+    sum_g, sum_gxhat = torch.empty_like(weight), torch.empty_like(weight)
+    block_s, block_c = combination(plan.splits)
+    with _on_device(x):
+        _launch(
+            backward.reduce_partial_kernel,
+            (plan.splits, _cdiv(c, plan.block_c), branches),
+            dy,
+            x,
+            dy if gate is None else gate,
+            mean,
+            var,
+            weight,
+            bias,
+            partial,
+            rows,
+            c,
+            eps,
+            STEPS=plan.steps,
+            UNROLL=plan.unroll,
+            GATE=gate_kind(gate, relu),
+            BLOCK_R=plan.block_r,
+            BLOCK_C=plan.block_c,
+            num_warps=4,
+        )
+        _launch(
+            backward.reduce_combine_kernel,
+            (_cdiv(c, block_c), branches),
+            partial,
+            var,
+            sum_g,
+            sum_gxhat,
+            c,
+            plan.splits,
+            eps,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return sum_g, sum_gxhat
+
+
+def input_gradient_triton(
+    dy: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    relu: bool,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sum_g: Tensor | None,
+    sum_gxhat: Tensor | None,
+    per_count: float,
+    residual_gradient: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """(dx, gradient of the residual or None) in one launch; x is read only where it is needed."""
+    branches = weight.shape[0]
+    rows, c = _shape(dy, branches)
+    dx = torch.empty_like(dy)
+    dresidual = torch.empty_like(dy) if residual_gradient else None
+    block_r, block_c = elementwise(c, dy.element_size())
+    with _on_device(dy):
+        _launch(
+            backward.input_gradient_kernel,
+            (_cdiv(rows, block_r), _cdiv(c, block_c), branches),
+            dy,
+            dy if x is None else x,
+            dy if gate is None else gate,
+            mean,
+            var,
+            weight,
+            bias,
+            var if sum_g is None else sum_g,
+            var if sum_gxhat is None else sum_gxhat,
+            dx,
+            dx if dresidual is None else dresidual,
+            rows,
+            c,
+            per_count,
+            eps,
+            BATCH=sum_g is not None,
+            GATE=gate_kind(gate, relu),
+            RESIDUAL=residual_gradient,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return dx, dresidual
+
+
+def batch_forward_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    save_bits: bool,
+    eps: float,
+    one_launch: bool | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(y, bits or None, mean, var): one launch for few rows (or as `one_launch` says), else three."""
+    branches = weight.shape[0]
+    rows, c = _shape(x, branches)
+    if not (rows <= SMALL_ROWS if one_launch is None else one_launch):
+        mean, var = statistics_triton(x, branches)
+        y, bits = apply_triton(x, mean, var, weight, bias, residual, relu, save_bits, eps)
+        return y, bits, mean, var
+    y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    bits = _new_bits(x) if save_bits else None
+    steps, block_r, block_c, num_warps = small(rows, c)
+    with _on_device(x):
+        _launch(
+            forward.small_forward_kernel,
+            (_cdiv(c, block_c), branches),
+            x,
+            x if residual is None else residual,
+            weight,
+            bias,
+            y,
+            x if bits is None else bits,
+            mean,
+            var,
+            rows,
+            c,
+            eps,
+            STEPS=steps,
+            HAS_RESIDUAL=residual is not None,
+            RELU=relu,
+            SAVE_BITS=save_bits,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
+    return y, bits, mean, var
+
+
+def batch_backward_triton(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    relu: bool,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual_gradient: bool,
+    eps: float,
+    one_launch: bool | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(dx, dresidual or None, dweight, dbias): one launch for few rows or by `one_launch`, else three."""
+    branches = weight.shape[0]
+    rows, c = _shape(x, branches)
+    if not (rows <= SMALL_ROWS if one_launch is None else one_launch):
+        dbias, dweight = reduce_triton(dy, x, gate, relu, mean, var, weight, bias, eps)
+        dx, dresidual = input_gradient_triton(
+            dy, x, gate, relu, mean, var, weight, bias, dbias, dweight, 1 / rows, residual_gradient, eps
+        )
+        return dx, dresidual, dweight, dbias
+    dx, dweight, dbias = torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)
+    dresidual = torch.empty_like(dy) if residual_gradient else None
+    steps, block_r, block_c, num_warps = small(rows, c)
+    with _on_device(x):
+        _launch(
+            backward.small_backward_kernel,
+            (_cdiv(c, block_c), branches),
+            dy,
+            x,
+            dy if gate is None else gate,
+            mean,
+            var,
+            weight,
+            bias,
+            dx,
+            dx if dresidual is None else dresidual,
+            dweight,
+            dbias,
+            rows,
+            c,
+            eps,
+            STEPS=steps,
+            GATE=gate_kind(gate, relu),
+            RESIDUAL=residual_gradient,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+        )
+    return dx, dresidual, dweight, dbias

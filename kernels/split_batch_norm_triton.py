@@ -1,0 +1,263 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Triton kernels of split batch normalisation, forward.
+
+Every activation is read as a row-major (branches, rows, channels) array, the storage of a channels-last
+batch; a program owns a tile (BLOCK_R rows × BLOCK_C channels), channels innermost, so each thread moves 16
+bytes at a time. A pass over both branches is one launch. Sums over rows go through partial results in a fixed
+order: no atomics, same bits every run. Branch and row offsets are int64 scalars added to the pointer; only
+offsets inside a tile are int32.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "apply_kernel",
+    "inverse_std",
+    "small_forward_kernel",
+    "statistics_combine_kernel",
+    "statistics_partial_kernel",
+]
+
+
+@triton.jit
+def inverse_std(var, eps):
+    """1 / √(var + eps), correctly rounded steps."""
+    # eps may arrive as fp64 (Inductor passes Python scalars so), which would halve throughput.
+    return tl.div_rn(1.0, tl.sqrt_rn(var + tl.cast(eps, tl.float32)))
+
+
+@triton.jit
+def _combine_lanes(count, mean, m2):
+    """Chan's combination of lanes (their axis is 0) with counts, means and sums of squared deviations."""
+    n = tl.sum(count, 0)
+    share = (count / n)[:, None]
+    centre = tl.sum(mean * share, 0)
+    # Second look from the centre: at mean/std = 100 one weighted sum alone would cost two digits of the mean.
+    away = mean - centre[None, :]
+    shift = tl.sum(away * share, 0)
+    total = tl.sum(m2 + count[:, None] * away * away, 0) - n * shift * shift
+    return n, centre + shift, tl.where(total < 0, 0.0, total)  # where, not maximum: NaN stays NaN
+
+
+@triton.jit
+def _welford_lanes(
+    x,
+    rows,
+    C,
+    channel,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Welford's recurrence, a lane an element of the tile: (count, mean, M2) over `rows` rows."""
+    lane = tl.arange(0, BLOCK_R)
+    offsets = lane[:, None] * C + channel[None, :]
+    channel_ok = (channel < C)[None, :]
+    mean = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for step in range(STEPS):
+        for u in tl.static_range(UNROLL):
+            k = step * UNROLL + u
+            ok = ((k * BLOCK_R + lane) < rows)[:, None] & channel_ok
+            value = tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32)
+            delta = tl.where(ok, value - mean, 0.0)
+            mean += delta * (1.0 / (k + 1.0))
+            m2 += delta * (value - mean)
+            x += BLOCK_R * C
+    count = tl.minimum(tl.maximum((rows - lane + BLOCK_R - 1) // BLOCK_R, 0), STEPS * UNROLL)
+    return count.to(tl.float32), mean, m2
+
+
+@triton.jit
+def statistics_partial_kernel(
+    x, partial, R, C, STEPS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """partial[branch, split] = (mean, M2) of STEPS·UNROLL·BLOCK_R rows; grid (split, column, branch)."""
+    split = tl.program_id(0)
+    branch = tl.program_id(2)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = split * (STEPS * UNROLL * BLOCK_R)
+    x += (branch.to(tl.int64) * R + first) * C
+    count, mean, m2 = _welford_lanes(x, R - first, C, channel, STEPS, UNROLL, BLOCK_R, BLOCK_C)
+    _, mean, m2 = _combine_lanes(count, mean, m2)
+    partial += (branch * tl.num_programs(0) + split) * 2 * C
+    tl.store(partial + channel, mean, mask=channel < C)
+    tl.store(partial + C + channel, m2, mask=channel < C)
+
+
+@triton.jit
+def statistics_combine_kernel(
+    partial, mean, var, R, C, splits, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Mean and biased variance from the partial results of ROWS rows each; grid (column, branch)."""
+    branch = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.arange(0, BLOCK_S)
+    offsets = (branch * splits + split)[:, None] * 2 * C + channel[None, :]
+    ok = (split < splits)[:, None] & (channel < C)[None, :]
+    part_mean = tl.load(partial + offsets, mask=ok, other=0.0)
+    part_m2 = tl.load(partial + offsets + C, mask=ok, other=0.0)
+    count = tl.minimum(tl.maximum(R - split * ROWS, 0), ROWS).to(tl.float32)
+    n, centre, m2 = _combine_lanes(count, part_mean, part_m2)
+    tl.store(mean + branch * C + channel, centre, mask=channel < C)
+    tl.store(var + branch * C + channel, m2 / n, mask=channel < C)
+
+
+@triton.jit
+def _apply_tile(
+    x,
+    residual,
+    y,
+    bits,
+    ok,
+    offsets,
+    bits_ok,
+    bits_offsets,
+    mean,
+    scale,
+    shift,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    SAVE_BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    z = tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32)
+    # Subtract first: z·scale + (shift − mean·scale) would lose |mean| / std of the mantissa.
+    z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
+    if HAS_RESIDUAL:
+        z += tl.load(residual + offsets, mask=ok, other=0.0).to(tl.float32)
+    if RELU:
+        closed = z <= 0  # false for NaN: it is let through, as PyTorch's ReLU does
+        z = tl.where(closed, 0.0, z)
+        if SAVE_BITS:
+            opened = tl.reshape(tl.where(closed, 0, 1), (BLOCK_R, BLOCK_C // 8, 8))
+            packed = tl.sum(opened << tl.arange(0, 8)[None, None, :], 2)
+            tl.store(bits + bits_offsets, packed.to(tl.uint8), mask=bits_ok)
+    tl.store(y + offsets, z.to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def apply_kernel(
+    x,
+    residual,
+    mean,
+    var,
+    weight,
+    bias,
+    y,
+    bits,
+    R,
+    C,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    SAVE_BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Y, and a bit an element where ReLU let through; grid (tile, column, branch)."""
+    # Last rows first: the pass that took the statistics left those in L2.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    branch = tl.num_programs(2) - 1 - tl.program_id(2)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    at = branch * C + channel
+    scale = tl.load(weight + at, mask=channel_ok, other=0.0)
+    scale *= inverse_std(tl.load(var + at, mask=channel_ok, other=1.0), eps)
+    centre = tl.load(mean + at, mask=channel_ok, other=0.0)
+    shift = tl.load(bias + at, mask=channel_ok, other=0.0)
+
+    row = tl.arange(0, BLOCK_R)
+    first = tile * BLOCK_R
+    start = branch.to(tl.int64) * R + first
+    row_ok = (first + row < R)[:, None]
+    G = (C + 7) // 8
+    byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    _apply_tile(
+        x + start * C,
+        residual + start * C,
+        y + start * C,
+        bits + start * G,
+        row_ok & channel_ok[None, :],
+        row[:, None] * C + channel[None, :],
+        row_ok & (byte < G)[None, :],
+        row[:, None] * G + byte[None, :],
+        centre,
+        scale,
+        shift,
+        HAS_RESIDUAL,
+        RELU,
+        SAVE_BITS,
+        BLOCK_R,
+        BLOCK_C,
+    )
+
+
+@triton.jit
+def small_forward_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    bits,
+    mean,
+    var,
+    R,
+    C,
+    eps,
+    STEPS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    SAVE_BITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Statistics and apply of a layer with few rows in one launch; grid (column, branch)."""
+    branch = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    at = branch * C + channel
+    start = branch.to(tl.int64) * R
+    x += start * C
+    residual += start * C
+    y += start * C
+    count, lane_mean, lane_m2 = _welford_lanes(x, R, C, channel, STEPS, 1, BLOCK_R, BLOCK_C)
+    n, centre, m2 = _combine_lanes(count, lane_mean, lane_m2)
+    variance = m2 / n
+    tl.store(mean + at, centre, mask=channel_ok)
+    tl.store(var + at, variance, mask=channel_ok)
+    scale = tl.load(weight + at, mask=channel_ok, other=0.0) * inverse_std(variance, eps)
+    shift = tl.load(bias + at, mask=channel_ok, other=0.0)
+
+    row = tl.arange(0, BLOCK_R)
+    G = (C + 7) // 8
+    bits += start * G
+    byte = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    for step in range(STEPS):
+        row_ok = (step * BLOCK_R + row < R)[:, None]
+        _apply_tile(
+            x,
+            residual,
+            y,
+            bits,
+            row_ok & channel_ok[None, :],
+            row[:, None] * C + channel[None, :],
+            row_ok & (byte < G)[None, :],
+            row[:, None] * G + byte[None, :],
+            centre,
+            scale,
+            shift,
+            HAS_RESIDUAL,
+            RELU,
+            SAVE_BITS,
+            BLOCK_R,
+            BLOCK_C,
+        )
+        x += BLOCK_R * C
+        residual += BLOCK_R * C
+        y += BLOCK_R * C
+        bits += BLOCK_R * G
