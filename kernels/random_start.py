@@ -182,7 +182,7 @@ def _launch(
     block = triton.next_power_of_2(numel) if INTERPRETING else _BLOCK
     copy = out if low_precision is None else low_precision
     arguments = (x, out, copy, seed, offset, eps_tensor, eps_value)
-    meta = {
+    meta: dict[str, object] = {
         "EPS_TENSOR": eps_from_tensor,
         "CLAMP": clamp,
         "LOW_PRECISION": low_precision is not None,
@@ -271,7 +271,7 @@ def compile_cases() -> Iterator[CompileCase]:
     x, number, scalar = torch.zeros(3 * _BLOCK), torch.zeros((), dtype=torch.int64), torch.zeros(())
     for copy in (torch.float32, torch.bfloat16, torch.float16):
         for kind in get_args(Kind):
-            meta = {
+            meta: dict[str, object] = {
                 "EPS_TENSOR": True,
                 "CLAMP": True,
                 "LOW_PRECISION": copy != torch.float32,
