@@ -56,8 +56,7 @@ def uniform_from_word(word: Tensor) -> Tensor:
 def normals_from_words(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent fp32 normals of two words, by Box and Muller, with the constants of `tl.randn`.
 
-    Logarithm and cosine differ by units in the last place between devices, and on GPUs the fast logarithm's
-    absolute error of 2^-22 shows where the first uniform is close to 1 and the normals close to 0.
+    Logarithm and cosine differ by units in the last place between devices and libraries.
     """
     radius = torch.sqrt(-2.0 * torch.log(uniform_from_word(first).clamp_min(1.0e-7)))
     angle = TWO_PI * uniform_from_word(second)
