@@ -1,0 +1,134 @@
+"""Which branch and which statistics the split BNs of one model use, kept in one object that they share.
+
+Choosing a branch is then one assignment, not a walk over `model.modules()`; and the running statistics of all
+layers are updated together, one foreach call a forward, when the model's forward ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["BOTH", "BranchState", "Statistics"]
+
+Statistics = Literal["auto", "batch", "running"]
+STATISTICS: tuple[Statistics, ...] = ("auto", "batch", "running")
+BOTH = "both"
+
+
+class _Layer(Protocol):
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float | None
+
+
+class _Update(NamedTuple):
+    layer: _Layer
+    branch: int | None
+    mean: Tensor
+    var: Tensor
+    rows: int
+
+
+class BranchState:
+    """The choices of one model.
+
+    Attributes:
+        branches: their names, in the order of the parameters' first dimension.
+        branch: one of them, or "both": the batch is the branches' equal parts in order.
+        index: the branch's place, None for "both".
+        statistics: "batch", "running", or "auto": batch statistics where `module.training`, as
+        `nn.BatchNorm2d`. update: whether batch statistics flow into the running ones.
+    """
+
+    def __init__(self, branches: Sequence[str]) -> None:
+        if not branches or len(set(branches)) != len(branches) or BOTH in branches:
+            raise ValueError(f"branches is {tuple(branches)}; expected different names other than {BOTH!r}")
+        self.branches = tuple(branches)
+        self.statistics: Statistics = "auto"
+        self.update = True
+        self._pending: list[_Update] | None = None
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        self.branch = self.branches[-1]  # ARAT's inference branch, adv
+        self.index: int | None = len(self.branches) - 1
+
+    def choose(self, branch: str) -> None:
+        """Set the branch. Raises ValueError for an unknown one."""
+        if branch != BOTH and branch not in self.branches:
+            raise ValueError(f"branch is {branch!r}; expected one of {(*self.branches, BOTH)}")
+        self.branch = branch
+        self.index = None if branch == BOTH else self.branches.index(branch)
+
+    def set_mode(self, statistics: Statistics, update: bool) -> None:
+        """Set the BN mode. Raises ValueError for an unknown one."""
+        if statistics not in STATISTICS:
+            raise ValueError(f"statistics is {statistics!r}; expected one of {STATISTICS}")
+        self.statistics = statistics
+        self.update = update
+
+    def record(self, layer: _Layer, index: int | None, mean: Tensor, var: Tensor, rows: int) -> None:
+        """Take a layer's batch statistics: now, or with the other layers' when the model's forward ends."""
+        update = _Update(layer, index, mean, var, rows)
+        if self._pending is None:
+            _update_running_statistics([update])
+        else:
+            self._pending.append(update)
+
+    def bind(self, model: nn.Module) -> None:
+        """Update the running statistics together when the forward of `model` ends; the first model stays."""
+        if not self._hooks:
+            before = model.register_forward_pre_hook(self.begin)
+            self._hooks = (before, model.register_forward_hook(self.end))
+
+    def unbind(self) -> None:
+        """Update each layer's running statistics at once again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
+        self._pending = None
+
+    def begin(self, _module: object, _inputs: object) -> None:
+        """Forward pre-hook of the model: collect from here. What an interrupted forward left is dropped."""
+        self._pending = []
+
+    def end(self, _module: object, _inputs: object, _output: object) -> None:
+        """Forward hook of the model: one update for all layers."""
+        pending, self._pending = self._pending, None
+        if pending:
+            _update_running_statistics(pending)
+
+
+@torch.no_grad()
+def _update_running_statistics(updates: Sequence[_Update]) -> None:
+    """running ← (1 − momentum)·running + momentum·batch with the unbiased variance, as `nn.BatchNorm2d`."""
+    by_momentum: dict[float | None, list[_Update]] = {}
+    for update in updates:
+        by_momentum.setdefault(update.layer.momentum, []).append(update)
+    for momentum, group in by_momentum.items():
+        counters = [_part(u.layer.num_batches_tracked, u.branch) for u in group]
+        torch._foreach_add_(counters, 1)
+        running = [_part(u.layer.running_mean, u.branch) for u in group]
+        running += [_part(u.layer.running_var, u.branch) for u in group]
+        batch = [u.mean for u in group]
+        batch += torch._foreach_mul([u.var for u in group], [u.rows / (u.rows - 1) for u in group])
+        if momentum is not None:
+            torch._foreach_lerp_(running, batch, momentum)
+        else:  # cumulative average; a device tensor, so that nothing is read back
+            weights = [(1.0 / counter).to(running[0].dtype)[:, None] for counter in counters] * 2
+            for old, new, weight in zip(running, batch, weights, strict=True):
+                old.lerp_(new, weight.expand_as(new))
+
+
+def _part(tensor: Tensor, index: int | None) -> Tensor:
+    return tensor if index is None else tensor.narrow(0, index, 1)
+
+
+def shared_state(model: Any) -> BranchState | None:
+    """The state cached on `model` by `bind_branches`, if any."""
+    state = getattr(model, "_branch_state", None)
+    return state if isinstance(state, BranchState) else None

@@ -1,0 +1,122 @@
+"""`SplitBatchNorm2d`: one batch normalisation a branch, each with its affine and statistics, in one module.
+
+Parameters and buffers are stacked, the branch first, because one launch then serves both branches:
+
+    weight, bias, running_mean, running_var     (branches, C)
+    num_batches_tracked                         (branches,)
+
+These are the state_dict keys. A plain BatchNorm2d's entries, shape (C,), load too: every branch gets a copy.
+Converters to and from other layouts are in `checkpoints`. An optimizer that picks weight decay by `ndim` sees
+2 here, not 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.split_batch_norm import split_batch_norm
+from .branch_state import BranchState
+
+__all__ = ["SplitBatchNorm2d"]
+
+_STACKED = ("weight", "bias", "running_mean", "running_var")
+
+
+class SplitBatchNorm2d(nn.Module):
+    """Batch normalisation of channels-last (N, C, H, W) with separate parameters and statistics a branch.
+
+    Equal to one `nn.BatchNorm2d` a branch: momentum (None: cumulative average), eps, unbiased running
+    variance. Which branch, and batch or running statistics, is in `state`, which the split BNs of a model
+    share: choose with `use_branch` and `bn_mode`. At first: the last branch, and statistics by
+    `self.training` as `nn.BatchNorm2d`.
+
+    Args:
+        num_features: C.
+        branches: their names, in the order in which parameters and the parts of a "both" batch are stacked.
+        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics.
+        device: of the parameters.
+        dtype: of the parameters; float32, or float64 for float64 activations.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        branches: Sequence[str] = ("clean", "adv"),
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features is {num_features}; expected at least 1")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.state = BranchState(branches)
+        shape = (len(self.branches), num_features)
+        self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(shape, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(shape, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros(shape[0], device=device, dtype=torch.long))
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names, in the order of the first dimension."""
+        return self.state.branches
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """[ReLU](BN(x) [+ residual]), like x; fused, each activation read as often as it must be.
+
+        Raises ValueError or TypeError when x is not channels-last, not float, or, for "both", of an odd
+        batch.
+        """
+        state = self.state
+        index = None if len(state.branches) == 1 else state.index
+        weight, bias, mean, var = (
+            tensor if index is None else tensor.narrow(0, index, 1)
+            for tensor in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        automatic = state.statistics == "auto"
+        if not (self.training if automatic else state.statistics == "batch"):
+            return split_batch_norm(
+                x,
+                weight,
+                bias,
+                running_mean=mean,
+                running_var=var,
+                residual=residual,
+                relu=relu,
+                eps=self.eps,
+            )[0]
+        y, mean, var = split_batch_norm(x, weight, bias, residual=residual, relu=relu, eps=self.eps)
+        if automatic or state.update:
+            state.record(self, index, mean, var, x.numel() // weight.numel())
+        return y
+
+    def extra_repr(self) -> str:
+        """Arguments, as `nn.BatchNorm2d` shows them."""
+        return f"{self.num_features}, branches={self.branches}, eps={self.eps}, momentum={self.momentum}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        branches = len(self.branches)
+        for name in (*_STACKED, "num_batches_tracked"):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.ndim == (0 if name == "num_batches_tracked" else 1):
+                # A plain BatchNorm2d's entry. The caller's dictionary is PyTorch's own shallow copy here.
+                state_dict[prefix + name] = value.expand(branches, *value.shape).clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
