@@ -21,7 +21,7 @@ def amount(tensor, value, FROM_TENSOR: tl.constexpr):
     if FROM_TENSOR:
         result = tl.load(tensor).to(tl.float32)
     else:
-        result = tl.to_tensor(value).to(tl.float32)
+        result = tl.full((), value, tl.float32)  # not tl.to_tensor: Triton 3.6 has none
     return result
 
 
