@@ -1,9 +1,8 @@
 """Launchers of the split-BN kernels: block shapes from the tensor's shape alone, never from the GPU's name.
 
-So the same shapes give the same bits on every GPU of one architecture. Sizes: a program of 4 warps holds a
-tile of 2,048 accumulators (16 a thread), and about 1,024 programs share a reduction, which keeps 132
-multiprocessors full and leaves at most 1,024 partial results a channel. Each thread has 2 to 4 loads of 16
-bytes in flight.
+So the same shapes give the same bits on every GPU of one architecture. A program of a reduction has 4 warps
+and 4 KiB of an activation in registers at a time; about 1,024 programs share a reduction, which keeps 132
+multiprocessors full and leaves at most 1,024 partial results a channel.
 """
 
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from . import split_batch_norm_triton as forward
 from . import split_batch_norm_triton_backward as backward
+from .dispatch import INTERPRETING
 
 __all__ = [
     "Launch",
@@ -76,9 +76,11 @@ def channel_block(channels: int, largest: int = 64) -> int:
 def reduction(rows: int, channels: int, branches: int, itemsize: int, streams: int) -> Reduction:
     """Plan for `streams` activations read together."""
     block_c = channel_block(channels)
-    block_r = (2048 if channels % 8 == 0 else 1024) // block_c  # odd channels: an address a load
-    # Four loads of 16 bytes in flight a thread (bf16); with eight, ptxas spills at 72 registers.
-    unroll = 2 if itemsize * streams <= 4 else 1
+    # 8 to 16 accumulators and two loads of 32 bytes a thread; with twice of either, ptxas spills at 64 or 72
+    # registers.
+    wide = channels % 8 == 0  # else each element has an address of its own
+    block_r = (4096 // itemsize if wide else 1024) // block_c
+    unroll = 2 // streams
     columns = branches * _cdiv(channels, block_c)
     programs = max(1, 1024 // columns)
     steps = _power_of_two(_cdiv(rows, block_r * unroll * programs))
@@ -94,14 +96,15 @@ def combination(splits: int) -> tuple[int, int]:
 def elementwise(channels: int, itemsize: int) -> tuple[int, int]:
     """(BLOCK_R, BLOCK_C) of the kernels that write an activation: 8 KiB of each stream a program."""
     block_c = channel_block(channels)
-    return (8192 // itemsize if channels % 8 == 0 else 2048) // block_c, block_c
+    tile = 8192 // itemsize if channels % 8 == 0 else 2048
+    return tile * (8 if INTERPRETING else 1) // block_c, block_c  # programs are what costs when interpreting
 
 
 def small(rows: int, channels: int) -> tuple[int, int, int, int]:
     """(STEPS, BLOCK_R, BLOCK_C, num_warps) of the one-launch kernels: narrow columns, many warps."""
     block_c = channel_block(channels, largest=16)
     block_r = min(8192 // block_c, max(16, _power_of_two(rows)))
-    return _cdiv(rows, block_r), block_r, block_c, max(1, min(16, block_r * block_c // 512))
+    return _cdiv(rows, block_r), block_r, block_c, max(1, min(8, block_r * block_c // 1024))
 
 
 # While set, launches are written down instead of done: the compile-only check sees exactly what a trainer
