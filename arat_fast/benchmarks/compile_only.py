@@ -1,6 +1,6 @@
 """Compile every kernel for every supported GPU, without one: registers, spills, shared memory, load width.
 
-    python -m arat_fast.benchmarks.compile_only [--json FILE]
+    python -m arat_fast.benchmarks.compile_only [--target NAME ...] [--json FILE]
 
 Exit status 1 when a kernel fails to compile, spills, or reads a stream narrower than its case demands.
 Triton's driver is replaced for the whole process, so this is a process of its own and never one that
@@ -165,6 +165,12 @@ def line(result: Compiled) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a compiled kernel, write JSON where asked, return the exit status."""
     parser = argparse.ArgumentParser(prog="arat_fast.benchmarks.compile_only", description=__doc__)
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=ALL_TARGETS,
+        help="compile for this architecture only; may be repeated (default: all)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a JSON list")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
@@ -174,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems: list[str] = []
     for case in all_cases():
         for target in case.targets:
+            if options.target and target not in options.target:
+                continue
             name = f"{target} {case.name} ({case.specialisation})"
             try:
                 compiled = list(compile_case(case, target))

@@ -1,0 +1,53 @@
+"""What a kernel benchmark measures: inputs, the bytes that must move, and the variants that do the same work.
+
+Protocol. Each module in CASE_MODULES has `benchmark_cases(device, small=False) -> Iterator[BenchmarkCase]`,
+`small` giving shapes that a CPU checks in a moment. A case's variants take the tensors that `make(seed)`
+returns and all return the same values; "ours" comes first, "eager" is the yardstick of correctness. A
+variant must not change its inputs: the timer calls it again and again on a ring of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CASE_MODULES = ("arat_fast.benchmarks.elementwise", "arat_fast.benchmarks.split_batch_norm")
+
+Variant = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class BenchmarkCase:
+    """One kernel at one shape. `bytes_moved`: what has to be read and written at least, once each."""
+
+    kernel: str
+    shape: str
+    bytes_moved: int
+    make: Callable[[int], tuple[Tensor, ...]]
+    variants: Mapping[str, Variant]
+    tolerance: float = 0.0
+
+    def check(self) -> None:
+        """Assert that every variant returns what "eager" returns, up to `tolerance` (absolute)."""
+        inputs = self.make(0)
+        expected = self.variants["eager"](*inputs)
+        for name, variant in self.variants.items():
+            torch.testing.assert_close(
+                variant(*inputs),
+                expected,
+                rtol=0,
+                atol=self.tolerance,
+                msg=lambda text, name=name: f"{self.kernel} {self.shape}, {name}: {text}",
+            )
+
+
+def all_cases(device: torch.device, small: bool = False) -> Iterator[BenchmarkCase]:
+    """The cases of every module that is there."""
+    for name in CASE_MODULES:
+        if importlib.util.find_spec(name) is not None:
+            yield from importlib.import_module(name).benchmark_cases(device, small)
