@@ -3,8 +3,8 @@
     python -m arat_fast.benchmarks.kernels [--compile-only] [--json FILE]
 
 Each variant runs as the trainer runs it, from a captured CUDA graph, on a ring of inputs and outputs larger
-than the L2 cache. Variants are timed in turn (A B C A B C ...), reported by median and interquartile range; the
-copy moves as many bytes as the kernel must. All are checked against eager PyTorch before they are timed.
+than the L2 cache. Variants are timed in turn (A B C A B C ...), reported by median and interquartile range;
+the copy moves as many bytes as the kernel must. All are checked against eager PyTorch before they are timed.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def run(compile_only: bool = False, json_file: Path | None = None) -> int:
             results += (timed := measure(case))
             print(table(timed), flush=True)
         except AssertionError as error:
-            wrong.append(f"{case.kernel}, {case.shape}: {str(error).splitlines()[0]}")
+            wrong.append(" ".join(str(error).split()))
         torch.cuda.empty_cache()
     if json_file is not None:
         conditions = environment(torch.device("cuda")) | {"date": datetime.now(UTC).isoformat("T", "seconds")}
