@@ -270,6 +270,7 @@ def _input_gradient(
         mean_g = None if sum_g is None else sum_g * per_count
         mean_gxhat = None if sum_gxhat is None else sum_gxhat * per_count
         dx, g = input_gradient_reference(dy, x, gate, relu, mean, var, weight, bias, mean_g, mean_gxhat, eps)
+        g = g if relu else g.clone()
     return dx, g if residual_gradient and g is not None else _nothing(dy)
 
 
