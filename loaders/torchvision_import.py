@@ -1,10 +1,10 @@
 """The one place that imports torchvision.
 
 PyPI's torchvision is built for CUDA. Beside a CPU build of torch its import fails with "operator
-torchvision::nms does not exist", because its Python registers shape functions for operators that the extension
-could not define (pytorch/vision issues 9077 and 9085). Defining the two schemas first is enough for datasets,
-models and transforms; `torchvision.io` and `torchvision.ops` stay unusable there, so JPEG files are read with
-Pillow.
+torchvision::nms does not exist", because its Python registers shape functions for operators that the
+extension could not define (pytorch/vision issues 9077 and 9085). Defining the two schemas first is enough
+for datasets, models and transforms; `torchvision.io` and `torchvision.ops` stay unusable there, so JPEG
+files are read with Pillow.
 """
 
 from __future__ import annotations
