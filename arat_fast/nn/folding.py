@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .branch_state import BOTH
 from .branches import bind_branches, bn_mode, use_branch
+from .foldable import foldable
 from .split_batch_norm import SplitBatchNorm2d
 
 __all__ = ["FoldedBatchNorm", "FoldedModel"]
@@ -72,7 +73,7 @@ class FoldedModel:
             raise ValueError(f"branch is {branch!r}; expected None: the model has no split BN")
         with torch.no_grad():
             before = self.module(example)
-            pairs = self._pairs(example)
+            pairs = foldable(self.module, example)
         if not pairs:
             raise ValueError("no BatchNorm directly follows a convolution; expected at least one to fold")
         self._folds = [self._fold(model, conv, bn) for conv, bn in pairs]
@@ -89,41 +90,6 @@ class FoldedModel:
     def folded(self) -> int:
         """How many BNs are folded."""
         return len(self._folds)
-
-    def _pairs(self, example: Tensor) -> list[tuple[str, str]]:
-        """(convolution, BN) names where the BN's input is the convolution's output, each called once."""
-        outputs: dict[int, tuple[str, Tensor, int]] = {}
-        pairs: list[tuple[str, str]] = []
-        calls: dict[str, int] = {}
-        hooks = []
-
-        def after_conv(name: str) -> object:
-            def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-                calls[name] = calls.get(name, 0) + 1
-                outputs[id(output)] = (name, output, output._version)
-
-            return hook
-
-        def before_bn(name: str) -> object:
-            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                calls[name] = calls.get(name, 0) + 1
-                found = outputs.get(id(inputs[0]))
-                if found is not None and inputs[0]._version == found[2]:
-                    pairs.append((found[0], name))
-
-            return hook
-
-        for name, module in self.module.named_modules():
-            if type(module) is nn.Conv2d:
-                hooks.append(module.register_forward_hook(after_conv(name)))  # type: ignore[arg-type]
-            elif isinstance(module, SplitBatchNorm2d) or type(module) is nn.BatchNorm2d:
-                hooks.append(module.register_forward_pre_hook(before_bn(name)))  # type: ignore[arg-type]
-        try:
-            self.module(example)
-        finally:
-            for handle in hooks:
-                handle.remove()
-        return [(conv, bn) for conv, bn in pairs if calls[conv] == calls[bn] == 1]
 
     def _fold(self, model: nn.Module, conv_name: str, bn_name: str) -> _Fold:
         conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)

@@ -76,13 +76,13 @@ def test_leaves_the_model_alone_and_needs_no_weight_gradients() -> None:
 
 
 def test_what_no_convolution_precedes_stays_a_batch_norm() -> None:
-    """Pre-activation: the first BN of a block takes a sum; only the BN between the convolutions folds."""
+    """Pre-activation: a block's first BN takes a sum, or the stem's output that its residual takes too."""
     torch.manual_seed(0)
     model = convert_split_bn(reference.WideResNet(10, 1, num_classes=4, split_bn=False)).double().eval()
     x = torch.rand(2, 3, 16, 16).double()
     folded = FoldedModel(model, "adv", x)
     left = [m for m in folded.module.modules() if isinstance(m, SplitBatchNorm2d)]
-    assert 0 < folded.folded < folded.folded + len(left)
+    assert (folded.folded, len(left)) == (3, 4)  # bn2 of the three blocks; bn1 of each and the last stay
     y, g = logits_and_gradient(model, x)
     y_folded, g_folded = logits_and_gradient(folded.module, x)
     assert relative(y_folded, y) < 1e-12
@@ -125,7 +125,7 @@ def test_what_cannot_be_folded_is_refused() -> None:
     x = torch.rand(2, 3, 6, 6)
     twice = Twice().eval()
     nn.init.constant_(twice.bn.running_var, 3.0)
-    with pytest.raises(ValueError, match="feeds more than its BN"):
+    with pytest.raises(ValueError, match="no BatchNorm directly follows"):
         FoldedModel(twice, None, x)
     with pytest.raises(ValueError, match="no BatchNorm directly follows"):
         FoldedModel(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)), None, x)
