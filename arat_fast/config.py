@@ -132,7 +132,9 @@ class TrainConfig:
     model: str = "resnet18"
     """Network: resnet8, resnet18, wrn-34-10."""
     dataset: str = "cifar10"
-    """Data set: digits (bundled with scikit-learn), cifar10, cifar100."""
+    """Data set: digits (bundled with scikit-learn), cifar10, cifar100, svhn, tiny-imagenet, imagenette, or
+    folder (photos in class folders).
+    """
     data_root: str | None = None
     """Folder of the data set: the one that holds cifar-10-batches-py, cifar-10-batches-bin and so on."""
     epochs: Count = 100
@@ -161,8 +163,18 @@ class TrainConfig:
     """Seed of weights, batches, crops and attack starts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU where there is one."""
+    engine: Literal["reference", "fast"] = "reference"
+    """What runs an iteration: the plain eager reference, or the fused, compiled fast path."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the fast engine's convolutions; auto: bf16 where there are matrix units for it, else fp32."""
+    compile: bool = False
+    """Compile the fast engine's passes (minutes at the first start on a CPU)."""
+    loader: Literal["auto", "ffcv", "resident", "torchvision"] = "auto"
+    """Where batches come from; auto: resident where the data set fits the device, else ffcv, torchvision."""
     workers: Optional = 0
-    """Worker processes of the loader."""
+    """Worker processes of the loader, threads of ffcv's; resident needs none."""
+    image_size: Optional = 0
+    """Side of photos' random crops in pixels; 0: 160 for imagenette, 224 for folder."""
     arat: ARATConfig = field(default_factory=ARATConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -38,9 +40,10 @@ def build_method(config: TrainConfig, network: nn.Module) -> reference.ARAT | re
     if config.method == "standard":
         return reference.Standard(network)
     for layer in config.arat.layers:
-        known = [n for n, m in network.named_modules() if hasattr(m, "num_features") and "." + n]
+        known = [n for n, m in network.named_modules() if hasattr(m, "num_features")]
+        known = [n for n in known if not n.endswith((".clean", ".adv"))]
         if layer not in known:
-            raise unknown_name("layer", layer, (n for n in known if not n.endswith((".clean", ".adv"))))
+            raise unknown_name("layer", layer, known)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed + 1)
         return reference.ARAT(
@@ -55,19 +58,21 @@ def build_method(config: TrainConfig, network: nn.Module) -> reference.ARAT | re
         )
 
 
-def build_optimizer(config: TrainConfig, method: nn.Module) -> torch.optim.SGD:
-    """SGD over the network and the predictors, weight decay on all of them, momentum buffers present from the
-    start.
+def build_optimizer(
+    config: TrainConfig, parameters: Sequence[nn.Parameter], fused: bool = False
+) -> torch.optim.SGD:
+    """SGD over the network and the predictors, weight decay on all of them, momentum buffers from the start.
 
     A zero buffer gives the first step's momentum bit for bit, and lets the state be saved and masked from
     step 1.
     """
     optimizer = torch.optim.SGD(
-        method.parameters(),
+        parameters,
         lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        fused=fused,
     )
-    for parameter in method.parameters():
+    for parameter in parameters:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

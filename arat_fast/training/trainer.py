@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from arat_fast import reference
@@ -17,14 +18,14 @@ from arat_fast.config import TrainConfig, to_mapping
 from arat_fast.environment import environment
 from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
-from arat_fast.kernels.augment import random_crop_flip
-from arat_fast.loaders.dataloader import DataLoaderStream
-from arat_fast.loaders.images import ImageSet
+from arat_fast.loaders.choose import open_stream
+from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import Batch, counter_seed
 from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
-from arat_fast.training.build import build_method, build_network, build_optimizer, pick_device
+from arat_fast.training.build import pick_device
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.directory import LAST_GOOD, RunDirectory
+from arat_fast.training.engine import augmented, build_engine
 from arat_fast.training.finite import FiniteGuard
 from arat_fast.training.interrupt import StopSignals
 from arat_fast.training.schedule import learning_rate
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BALANCE_BATCHES = 8  # the paper measures `a` on 1,024 images
 # A resumed run may differ in these; anything else would make it another run.
-FREE_KEYS = ("epochs", "data_root", "device", "workers", "evaluation")
+FREE_KEYS = ("epochs", "data_root", "device", "loader", "workers", "evaluation")
 
 
 class Trainer:
@@ -48,7 +49,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        train: ImageSet,
+        train: ImageSource,
         run_dir: Path,
         *,
         resume: bool = False,
@@ -57,18 +58,16 @@ class Trainer:
         self.config = config
         self.device = pick_device(config.device)
         self.train_images, self.validation_images = self._split(config, train)
-        network = build_network(config, train.image_shape[2], train.num_classes)
-        # Channels-last would be faster; the reference is the authors' way, and they train NCHW.
-        self.method = build_method(config, network).to(self.device)
-        self.network = self.method.network
-        self.optimizer = build_optimizer(config, self.method)
+        self.engine = build_engine(config, train.image_shape[2], train.num_classes, self.device)
+        self.network, self.optimizer = self.engine.network, self.engine.optimizer
         self.averages: dict[str, WeightAverage] = {}
         if config.averaging.swa_start:
             self.averages["swa"] = WeightAverage(self.network)
         if config.averaging.ema_decay:
             self.averages["ema"] = WeightAverage(self.network, config.averaging.ema_decay)
         self.guard = self._make_guard()
-        self.stream = DataLoaderStream(
+        self.stream = open_stream(
+            config.loader,
             self.train_images,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -79,17 +78,19 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}  # image-weighted metrics of the epoch so far
         self.images_seen, self.seconds = 0, 0.0
         self.best_accuracy = -1.0
+        self.balance: float | None = None  # auto-balance's weight in this epoch
         self.recalibrated: dict[str, dict[str, Tensor]] = {}
         self.directory = RunDirectory(run_dir)
         self._open(resume)
         self.writer = summary_writer(run_dir / "tensorboard", self.epoch) if tensorboard else None
 
     @staticmethod
-    def _split(config: TrainConfig, train: ImageSet) -> tuple[ImageSet, ImageSet | None]:
+    def _split(config: TrainConfig, train: ImageSource) -> tuple[ImageSource, ImageSet | None]:
         train = train.first(config.limit_train)
         validation = None
         if config.validation:
-            train, validation = train.split(config.validation, config.seed)
+            train, held_out = train.split(config.validation, config.seed)
+            validation = held_out.in_memory()
         if len(train) % config.batch_size == 1:
             raise UserError(
                 f"{len(train)} training images in batches of {config.batch_size} leave a last batch of one "
@@ -98,9 +99,9 @@ class Trainer:
         return train, validation
 
     def _make_guard(self) -> FiniteGuard:
-        others = [*self.method.buffers()]
-        others += [s["momentum_buffer"] for s in self.optimizer.state.values()]
-        return FiniteGuard([p.detach() for p in self.method.parameters()], others)
+        momenta = [s["momentum_buffer"] for s in self.optimizer.state.values()]
+        weights = [p.detach() for p in self.engine.parameters()]
+        return FiniteGuard(weights, [*self.engine.buffers(), *momenta])
 
     def _open(self, resume: bool) -> None:
         if not (resume and self.directory.config_file.exists()):
@@ -122,7 +123,7 @@ class Trainer:
             "training_images": len(self.train_images),
             "epoch": self.epoch,
             "batch": self.batch,
-            "method": self.method.state_dict(),
+            "method": self.engine.state(),
             "optimizer": self.optimizer.state_dict(),
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
             "recalibrated": self.recalibrated,
@@ -130,6 +131,7 @@ class Trainer:
             "images_seen": self.images_seen,
             "seconds": self.seconds,
             "best_accuracy": self.best_accuracy,
+            "balance": self.balance,
             "seed": self.config.seed,
         }
 
@@ -141,7 +143,7 @@ class Trainer:
                 f"the data set now has {len(self.train_images)}: give the same data"
             )
         try:
-            self.method.load_state_dict(state["method"])
+            self.engine.load_state(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             for name, average in self.averages.items():
                 average.load_state_dict(state["averages"][name])
@@ -149,26 +151,21 @@ class Trainer:
             first = str(error).split("\n")[0]
             raise UserError(f"{self.directory.last} does not fit this run's network: {first}") from None
         self.guard = self._make_guard()  # load_state_dict replaced the momentum buffers
-        for name in ("epoch", "batch", "sums", "images_seen", "seconds", "best_accuracy", "recalibrated"):
+        for name in (
+            "epoch",
+            "batch",
+            "sums",
+            "images_seen",
+            "seconds",
+            "best_accuracy",
+            "balance",
+            "recalibrated",
+        ):
             setattr(self, name, state[name])
 
     def save(self) -> None:
         """Write last.pt, atomically."""
         save_checkpoint(self.directory.last, self.state_dict())
-
-    def augmented(self, batch: Batch, epoch: int) -> Tensor:
-        """The batch as cropped and flipped float images (N, C, H, W) in [0, 1]; a function of (seed, epoch,
-        index).
-        """
-        images = random_crop_flip(
-            batch.images,
-            batch.indices,
-            seed=self.config.seed,
-            epoch=epoch,
-            padding=self.config.padding,
-            flip=self.config.flip,
-        )
-        return images.contiguous()
 
     def run(self) -> None:
         """Train to the last epoch, then let go of the directory. Returns at once when the run is complete.
@@ -193,9 +190,8 @@ class Trainer:
         rate = learning_rate(self.config, self.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        balanced = isinstance(self.method, reference.ARAT) and self.method.auto_balance
-        if balanced and self.batch == 0:
-            self._balance()
+        if self.batch == 0:
+            self.balance = self._balance()
         bar = tqdm(
             total=len(self.stream),
             initial=self.batch,
@@ -216,49 +212,25 @@ class Trainer:
         self._synchronise()
         self.seconds += time.perf_counter() - started
         self._raise_if_not_finite()
-        self._end_epoch(rate, self._balance_weight() if balanced else None)
+        self._end_epoch(rate, self.balance)
         if signals.received is not None:
             self._stop(signals.received)
 
-    def _balance_weight(self) -> float:
-        assert isinstance(self.method, reference.ARAT)
-        return float(self.method.a)
-
-    def _balance(self) -> None:
-        assert isinstance(self.method, reference.ARAT)
-        first = []
-        for k, batch in enumerate(self.stream.epoch(self.epoch)):
-            if k == BALANCE_BATCHES:
-                break
-            first.append((self.augmented(batch, self.epoch), batch.labels))
-        self.method.balance(first)
+    def _balance(self) -> float | None:
+        first = itertools.islice(self.stream.epoch(self.epoch), BALANCE_BATCHES)
+        return self.engine.set_balance(first, self.epoch)
 
     def _iterate(self, batch: Batch) -> None:
-        config, attack = self.config, self.config.attack
         step = self.epoch * len(self.stream) + self.batch
-        generator = torch.Generator(self.device).manual_seed(counter_seed(config.seed, step))
         self.guard.before()
-        metrics = reference.train_step(
-            self.method,
-            self.optimizer,
-            self.augmented(batch, self.epoch),
-            batch.labels,
-            eps=attack.eps,
-            alpha=attack.alpha,
-            steps=attack.steps,
-            norm=attack.norm,
-            random=attack.random_start,
-            batch_statistics=attack.bn == "batch",
-            aliased_start=attack.aliased_start,
-            generator=generator,
-        )
+        metrics = self.engine.iterate(batch, self.epoch, step)
         # The terms, not their sum: the message names the one that failed first.
         self._terms = [name for name in metrics if name != "loss" and not name.startswith("accuracy")]
         self.guard.after([metrics[name] for name in self._terms], step)
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * len(batch.labels)
         self.images_seen += len(batch.labels)
-        averaging = config.averaging
+        averaging = self.config.averaging
         if swa_due(averaging.swa_start, averaging.swa_every, self.epoch, self.batch, len(self.stream)):
             self.averages["swa"].update(self.network)
         if "ema" in self.averages:
@@ -318,9 +290,10 @@ class Trainer:
 
     def _validate(self, images: ImageSet) -> dict[str, float]:
         evaluation = self.config.evaluation
-        clean = clean_correct(self.network, images, batch_size=evaluation.batch_size, device=self.device)
+        network = self.engine.plain_network()
+        clean = clean_correct(network, images, batch_size=evaluation.batch_size, device=self.device)
         robust = pgd_correct(
-            self.network,
+            network,
             images,
             eps=evaluation.eps,
             alpha=evaluation.alpha,
@@ -337,24 +310,22 @@ class Trainer:
     def _recalibrate(self, name: str) -> None:
         """Measure the average's statistics: an epoch of adversarial examples through the adv branch."""
         log.info("recalibrating BatchNorm statistics of the %s weights", name)
-        current = {key: value.clone() for key, value in self.network.state_dict().items()}
-        self.averages[name].copy_to(self.network)
-        recalibrate(self.network, self._adversarial_epoch())
-        self.recalibrated[name] = {key: value.clone() for key, value in self.network.state_dict().items()}
-        self.network.load_state_dict(current)
+        network = self.engine.plain_network(self.averages[name].values)
+        recalibrate(network, self._adversarial_epoch(network))
+        self.recalibrated[name] = network.state_dict()
         self.save()
 
-    def _adversarial_epoch(self) -> Iterator[Tensor]:
+    def _adversarial_epoch(self, network: nn.Module) -> Iterator[Tensor]:
         attack = self.config.attack
         epoch = self.config.epochs + 1
         for k, batch in enumerate(self.stream.epoch(epoch)):
-            images = self.augmented(batch, epoch)
+            images = augmented(self.config, batch, epoch).contiguous()
             if self.config.method == "standard":
                 yield images
                 continue
             generator = torch.Generator(self.device).manual_seed(counter_seed(self.config.seed, epoch, k))
             yield reference.pgd(
-                self.network,
+                network,
                 images,
                 batch.labels,
                 eps=attack.eps,

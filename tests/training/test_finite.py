@@ -75,7 +75,7 @@ def test_run_stops_and_saves_the_last_good_weights(
 
     def iterate(trainer: Trainer, batch: object) -> None:
         if calls == 4:
-            kept.update({k: v.clone() for k, v in trainer.method.state_dict().items()})
+            kept.update({k: v.clone() for k, v in trainer.engine.state().items()})
         original_iterate(trainer, batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reference.ARAT, "loss", spoiled)

@@ -1,0 +1,50 @@
+"""Networks of the fast path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from arat_fast.errors import unknown_name
+from arat_fast.models.cifar import ResNet, WideResNet
+from arat_fast.nn import bind_branches
+
+BRANCHES = ("clean", "adv")
+
+
+def _resnet(widths: Sequence[int], blocks: Sequence[int]) -> Callable[[int, int, Sequence[str]], nn.Module]:
+    def build(num_classes: int, in_channels: int, branches: Sequence[str]) -> nn.Module:
+        return ResNet(widths, blocks, num_classes=num_classes, in_channels=in_channels, branches=branches)
+
+    return build
+
+
+def _wide(depth: int, widen: int) -> Callable[[int, int, Sequence[str]], nn.Module]:
+    def build(num_classes: int, in_channels: int, branches: Sequence[str]) -> nn.Module:
+        return WideResNet(depth, widen, num_classes=num_classes, in_channels=in_channels, branches=branches)
+
+    return build
+
+
+MODELS = {
+    "resnet8": _resnet((16, 32, 64), (1, 1, 1)),
+    "resnet18": _resnet((64, 128, 256, 512), (2, 2, 2, 2)),
+    "wrn-34-10": _wide(34, 10),
+}
+
+
+def create_model(
+    name: str, num_classes: int = 10, in_channels: int = 3, branches: Sequence[str] = BRANCHES
+) -> nn.Module:
+    """A channels-last network with split BatchNorm; one branch name makes it an ordinary one.
+
+    Raises UserError for an unknown name, with the nearest known one.
+    """
+    if name not in MODELS:
+        raise unknown_name("model", name, MODELS)
+    model = MODELS[name](num_classes, in_channels, branches)
+    bind_branches(model)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model

@@ -1,0 +1,249 @@
+"""What runs an iteration: the reference, slow and plain, or the fast path. The same run directory serves
+both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast import methods, reference
+from arat_fast.config import TrainConfig
+from arat_fast.errors import UserError
+from arat_fast.kernels.augment import random_crop_flip
+from arat_fast.loaders.stream import Batch, counter_seed
+from arat_fast.models import create_model
+from arat_fast.nn import bn_mode, from_authors, single_branch, to_authors, use_branch
+from arat_fast.training.build import build_method, build_network, build_optimizer
+from arat_fast.training.precision import resolve_precision
+from arat_fast.training.step import TrainStep
+
+State = dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """One configured network, method and optimizer, and how they take a step."""
+
+    network: nn.Module
+    optimizer: torch.optim.SGD
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trained parameters: the network's, then the predictors'."""
+        ...
+
+    def buffers(self) -> list[Tensor]:
+        """BatchNorm statistics and the method's state."""
+        ...
+
+    def iterate(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+        """One training iteration; 0-d metrics on the device. `step` numbers iterations over the whole run."""
+        ...
+
+    def set_balance(self, batches: Iterable[Batch], epoch: int) -> float | None:
+        """Measure auto-balance's weight on the epoch's first batches; None where the method has none."""
+        ...
+
+    def state(self) -> State:
+        """Network and predictors in the reference's names, whatever runs them."""
+        ...
+
+    def load_state(self, state: State) -> None:
+        """Take over what `state` gave. Raises RuntimeError or KeyError when it does not fit."""
+        ...
+
+    def plain_network(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        """The reference network with the present parameters, or those given by this network's names."""
+        ...
+
+
+def augmented(config: TrainConfig, batch: Batch, epoch: int) -> Tensor:
+    """Cropped and flipped images (N, C, H, W) in [0, 1]: a function of (seed, epoch, index) alone."""
+    return random_crop_flip(
+        batch.images,
+        batch.indices,
+        seed=config.seed,
+        epoch=epoch,
+        padding=config.padding,
+        flip=config.flip,
+        resident=batch.resident,
+    )
+
+
+class ReferenceEngine:
+    """`arat_fast.reference`, as the authors run it: eager, fp32, NCHW."""
+
+    def __init__(self, config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.method = build_method(config, build_network(config, channels, num_classes)).to(device)
+        self.network = self.method.network
+        self.optimizer = build_optimizer(config, self.parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trained parameters."""
+        return list(self.method.parameters())
+
+    def buffers(self) -> list[Tensor]:
+        """BatchNorm statistics and the method's state."""
+        return list(self.method.buffers())
+
+    def iterate(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+        """One training iteration."""
+        attack = self.config.attack
+        generator = torch.Generator(self.device).manual_seed(counter_seed(self.config.seed, step))
+        return reference.train_step(
+            self.method,
+            self.optimizer,
+            augmented(self.config, batch, epoch).contiguous(),
+            batch.labels,
+            eps=attack.eps,
+            alpha=attack.alpha,
+            steps=attack.steps,
+            norm=attack.norm,
+            random=attack.random_start,
+            batch_statistics=attack.bn == "batch",
+            aliased_start=attack.aliased_start,
+            generator=generator,
+        )
+
+    def set_balance(self, batches: Iterable[Batch], epoch: int) -> float | None:
+        """Measure auto-balance's weight."""
+        if not (isinstance(self.method, reference.ARAT) and self.method.auto_balance):
+            return None
+        return self.method.balance((augmented(self.config, b, epoch).contiguous(), b.labels) for b in batches)
+
+    def state(self) -> State:
+        """Network and predictors."""
+        return self.method.state_dict()
+
+    def load_state(self, state: State) -> None:
+        """Take over a state."""
+        self.method.load_state_dict(state)
+
+    def plain_network(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        """A copy of the network with the given weights; the network itself without."""
+        if weights is None:
+            return self.network
+        twin = reference.MODELS[self.config.model](*_shape(self.network), _split(self.config))
+        twin.load_state_dict(self.network.state_dict() | weights)
+        return twin.to(self.device)
+
+
+class FastEngine:
+    """`TrainStep`: fused split BatchNorm, channels-last, mixed precision, compiled."""
+
+    def __init__(self, config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> None:
+        self.config, self.device = config, device
+        start = ReferenceEngine(config, channels, num_classes, torch.device("cpu"))
+        self._shape = (num_classes, channels)
+        branches = ("clean", "adv") if _split(config) else ("adv",)
+        self.network = create_model(config.model, num_classes, channels, branches)
+        dims = {name: _width(self.network, name) for name in _taps(config, self.network)}
+        self.method: methods.Method = (
+            methods.ARAT(config.arat, dims) if config.method == "arat" else methods.Standard()
+        )
+        self.network.to(device)
+        self.method.to(device)
+        self.load_state(start.state())  # the same start as the reference's, seed for seed
+        self.optimizer = build_optimizer(config, self.parameters(), fused=True)
+        self.step = TrainStep(
+            self.network,
+            self.method,
+            self.optimizer,
+            attack=config.attack,
+            precision=resolve_precision(config.precision, device),
+            compiled=config.compile,
+            padding=config.padding,
+            flip=config.flip,
+            seed=config.seed,
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trained parameters."""
+        return [*self.network.parameters(), *self.method.parameters()]
+
+    def buffers(self) -> list[Tensor]:
+        """BatchNorm statistics and the method's state."""
+        return [*self.network.buffers(), *self.method.buffers()]
+
+    def iterate(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
+        """One training iteration."""
+        self.step.step.fill_(step)
+        return self.step(augmented(self.config, batch, epoch), batch.labels)
+
+    @torch.no_grad()
+    def set_balance(self, batches: Iterable[Batch], epoch: int) -> float | None:
+        """Measure auto-balance's weight."""
+        if not (isinstance(self.method, methods.ARAT) and self.method.config.auto_balance):
+            return None
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        total = 0
+        branch = "clean" if _split(self.config) else "adv"
+        self.step.twin.refresh()
+        with use_branch(self.network, branch), bn_mode(self.network, "running"):
+            for batch in batches:
+                images = augmented(self.config, batch, epoch).to(self.step.dtype)
+                correct += (self.step.twin.module(images).argmax(1) == batch.labels).sum()
+                total += len(batch.labels)
+        self.method.a.copy_(correct / total)
+        return float(self.method.a)
+
+    def state(self) -> State:
+        """Network and predictors in the reference's names."""
+        network = _reference_names(self.network.state_dict())
+        named = {f"network.{name}": value for name, value in network.items()}
+        return named | dict(self.method.state_dict())
+
+    def load_state(self, state: State) -> None:
+        """Take over a state in the reference's names."""
+        prefix = "network."
+        network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
+        self.network.load_state_dict(from_authors(network) if _split(self.config) else network)
+        self.method.load_state_dict(rest)
+
+    def plain_network(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        """The reference network with the present parameters, or those given."""
+        state = self.network.state_dict() | (weights or {})
+        plain = reference.MODELS[self.config.model](*self._shape, _split(self.config))
+        plain.load_state_dict(_reference_names(state))
+        return plain.to(self.device)
+
+
+def build_engine(config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> Engine:
+    """The configured engine. Raises UserError for an unknown layer to tap or a precision the device lacks."""
+    if config.engine == "reference":
+        return ReferenceEngine(config, channels, num_classes, device)
+    return FastEngine(config, channels, num_classes, device)
+
+
+def _split(config: TrainConfig) -> bool:
+    return config.method == "arat" and config.arat.split_bn
+
+
+def _shape(network: nn.Module) -> tuple[int, int]:
+    linear, stem = network.get_submodule("linear"), network.get_submodule("conv1")
+    assert isinstance(linear, nn.Linear)
+    assert isinstance(stem, nn.Conv2d)
+    return linear.out_features, stem.in_channels
+
+
+def _reference_names(state: State) -> State:
+    branches = next(v.shape[0] for k, v in state.items() if k.endswith("running_mean"))
+    return to_authors(state) if branches == 2 else single_branch(state, "adv", ("adv",))
+
+
+def _taps(config: TrainConfig, network: nn.Module) -> Sequence[str]:
+    chosen: Sequence[str] = config.arat.layers or getattr(network, "invariance_layers", ())
+    return chosen
+
+
+def _width(network: nn.Module, layer: str) -> int:
+    try:
+        width = network.get_submodule(layer).num_features
+    except AttributeError:
+        raise UserError(f"unknown layer {layer!r}: name a BatchNorm of the network") from None
+    assert isinstance(width, int)
+    return width

@@ -1,0 +1,80 @@
+"""Compute precision, and a twin of the model whose convolutions and classifier are in it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.nn import SplitBatchNorm2d
+
+Precision = Literal["auto", "fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def has_bf16_matrix_units(device: torch.device) -> bool:
+    """Whether bf16 products run on matrix units: tensor cores from Ampere on, AMX tiles on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(name: Precision, device: torch.device) -> Precision:
+    """What "auto" stands for on the device: bf16 where there are matrix units for it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if has_bf16_matrix_units(device) else "fp32"
+
+
+class LowPrecisionTwin:
+    """The model with convolutions and linear layers in a low precision; everything else is the model's own.
+
+    Master weights stay in the model; `refresh` casts them, once an iteration, and `gather_gradients` brings
+    the gradients of the cast weights back. BatchNorm modules are shared, so their parameters, statistics and
+    choices of branch are the model's. With fp32 the twin is the model itself and both calls do nothing.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.module = model
+        self._low: list[Tensor] = []
+        self._master: list[nn.Parameter] = []
+        # A model in float64 is an oracle: it stays as it is.
+        if dtype is torch.float32 or any(p.dtype is torch.float64 for p in model.parameters()):
+            return
+        shared: dict[int, object] = {}
+        for layer in model.modules():
+            if isinstance(layer, SplitBatchNorm2d):
+                shared[id(layer)] = layer
+                shared[id(layer.state)] = layer.state
+        self.module = copy.deepcopy(model, shared)
+        masters = dict(model.named_modules())
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.to(dtype)
+                pairs = zip(layer.parameters(), masters[name].parameters(), strict=True)
+                for low, master in pairs:
+                    self._low.append(low)
+                    self._master.append(master)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the master weights. One foreach call."""
+        if self._low:
+            torch._foreach_copy_(self._low, list(self._master))
+
+    @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """Move the cast weights' gradients to the master weights', in their precision."""
+        if not self._low:
+            return
+        for low, master in zip(self._low, self._master, strict=True):
+            if low.grad is not None and master.grad is None:
+                master.grad = torch.empty_like(master)
+        have = [
+            (lo.grad, ma.grad) for lo, ma in zip(self._low, self._master, strict=True) if lo.grad is not None
+        ]
+        torch._foreach_copy_([m for _, m in have if m is not None], [g for g, _ in have])
+        for low in self._low:
+            low.grad = None
