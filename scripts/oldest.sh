@@ -43,3 +43,6 @@ echo "oldest stack, reference twins"
 env -u TRITON_INTERPRET "$venv/bin/python" -m pytest -q -m "not gpu" tests/kernels "$@"
 echo "oldest stack, kernels in the interpreter"
 TRITON_INTERPRET=1 "$venv/bin/python" -m pytest -q -m "not gpu" tests/kernels "$@"
+echo "oldest stack, compiled for GPUs that are not here"
+env -u TRITON_INTERPRET "$venv/bin/python" -m arat_fast.benchmarks.compile_only --target sm_80 --target sm_90 \
+    --target gfx942 | tail -n 1
