@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup train test lint types test-quick clean
+.PHONY: help setup train test lint types test-plain test-interpreted compile-kernels test-quick test-oldest clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -17,22 +17,40 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 train: $(READY)
 	@$(BIN)/arat-fast train --config digits --with-standard --autoattack
 
-test: $(READY) lint types
-	@$(BIN)/python -m pytest
+test: $(READY) lint types compile-kernels test-interpreted test-plain
 
-# make lint    style only
+# make lint              style only
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check -q .
 
-# make types   mypy --strict on the installed package
+# make types             mypy --strict on the installed package
 types: $(READY)
 	@scripts/typecheck.sh $(VENV)
 
-# make test-quick  tests without the slow ones
-test-quick: $(READY)
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+# make test-plain        every test, kernels by their twins in plain PyTorch
+test-plain: $(READY)
+	@$(BIN)/python -m pytest -q -m "not gpu"
 
-# make clean   remove the environment and caches, never runs/ or data/
+# make test-interpreted  the kernel tests again, the kernels themselves run by Triton's interpreter
+test-interpreted: $(READY)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu" tests/kernels
+
+# make compile-kernels   compile every kernel for eight GPUs without one: registers, spills, load widths
+compile-kernels: $(READY)
+	@mkdir -p build
+	@$(BIN)/arat-fast bench kernels --compile-only --json build/kernels.json >build/kernels.txt 2>&1 \
+	  || { cat build/kernels.txt; exit 1; }
+	@tail -n 1 build/kernels.txt
+
+# make test-quick        tests without the slow ones
+test-quick: $(READY)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+# make test-oldest       the kernel tests on Python 3.12, torch 2.11 and Triton 3.6, in .venv-oldest
+test-oldest:
+	@scripts/oldest.sh
+
+# make clean             remove the environment and caches, never runs/ or data/
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,8 +21,8 @@ from arat_fast.loaders import sources
 from arat_fast.training.trainer import Trainer
 
 VALIDATION = 288
-RADII = (0.08, 0.10, 0.12, 0.15)
-GAMMAS = (3.0, 10.0, 30.0)
+RADII = (0.10, 0.12, 0.15)
+GAMMAS = (3.0, 10.0)
 SEEDS = (0, 1)
 
 

@@ -66,7 +66,9 @@ class EvaluateOptions:
 def _sanity(options: EvaluateOptions) -> int:
     device = pick_device(options.device)
     trained = load_run(options.run, device, options.weights)
-    _, test = sources.load(trained.config.dataset, options.data_root or trained.config.data_root)
+    _, test = sources.load(
+        trained.config.dataset, options.data_root or trained.config.data_root, trained.config.image_size
+    )
     settings = trained.config.evaluation
     checks = sanity_checks(
         trained.network,
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     attacks = [name.strip() for name in options.attacks.split(",") if name.strip()]
     check_attacks(attacks)
     config = RunDirectory(options.run).config()
-    _, test = sources.load(config.dataset, options.data_root or config.data_root)
+    _, test = sources.load(config.dataset, options.data_root or config.data_root, config.image_size)
     shared = {f.name for f in dataclasses.fields(EvaluationOptions)} & set(vars(options))
     record = evaluate_run(
         options.run,

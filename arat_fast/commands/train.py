@@ -19,7 +19,7 @@ from arat_fast.errors import UserError
 from arat_fast.evaluation.record import write_json
 from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
 from arat_fast.loaders import sources
-from arat_fast.loaders.images import ImageSet
+from arat_fast.loaders.images import ImageSource
 from arat_fast.training.build import check_model, pick_device
 from arat_fast.training.cost import iteration_cost
 from arat_fast.training.directory import RunDirectory
@@ -100,7 +100,7 @@ def _check_names(config: TrainConfig) -> None:
     check_model(config.model)
 
 
-def _train_one(config: TrainConfig, run_dir: Path, train: ImageSet, options: TrainOptions) -> None:
+def _train_one(config: TrainConfig, run_dir: Path, train: ImageSource, options: TrainOptions) -> None:
     trainer = Trainer(config, train, run_dir, resume=options.resume, tensorboard=options.tensorboard)
     log.info(
         "training %s with %s on %d images of %s, %s", config.model, config.method, len(trainer.train_images),
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.resume and options.run_dir is None:
         raise UserError("--resume needs --run-dir: the folder of the run to continue")
     run_dir = options.run_dir or _default_run_dir(options.config)
-    train, test = sources.load(config.dataset, config.data_root)
+    train, test = sources.load(config.dataset, config.data_root, config.image_size)
     runs: dict[str, tuple[TrainConfig, Path]] = {config.method: (config, run_dir)}
     if options.with_standard and config.method != "standard":
         runs["standard"] = (dataclasses.replace(config, method="standard"), run_dir / "standard")
