@@ -33,7 +33,7 @@ options=()
 
 timeout 230 "$python" -m pytest -q -m gpu "${options[@]}" "${tests[@]}" >"$out/tests.txt" 2>&1
 tests_status=$?
-timeout 220 "$python" -m arat_fast.benchmarks.kernels --json "$out/kernels.json" >"$out/kernels.txt" 2>&1
+timeout 235 "$python" -m arat_fast.benchmarks.kernels --budget 200 --json "$out/kernels.json" >"$out/kernels.txt" 2>&1
 benchmark_status=$?
 
 echo "== tests marked gpu: exit status $tests_status"

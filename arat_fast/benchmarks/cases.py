@@ -44,7 +44,13 @@ class BenchmarkCase:
 
 
 def all_cases(device: torch.device, small: bool = False) -> Iterator[BenchmarkCase]:
-    """The cases of every module that is there."""
-    for name in CASE_MODULES:
-        if importlib.util.find_spec(name) is not None:
-            yield from importlib.import_module(name).benchmark_cases(device, small)
+    """The cases of every module that is there, in turn: a run cut short has seen some of each."""
+    there = [name for name in CASE_MODULES if importlib.util.find_spec(name) is not None]
+    sources = [importlib.import_module(name).benchmark_cases(device, small) for name in there]
+    while sources:
+        for source in list(sources):
+            case = next(source, None)
+            if case is None:
+                sources.remove(source)
+            else:
+                yield case

@@ -1,6 +1,6 @@
 """How fast each kernel is on this GPU, against a device-to-device copy, eager PyTorch and Inductor.
 
-    python -m arat_fast.benchmarks.kernels [--compile-only] [--json FILE]
+    python -m arat_fast.benchmarks.kernels [--compile-only] [--budget SECONDS] [--json FILE]
 
 Each variant runs as the trainer runs it, from a captured CUDA graph, on a ring of inputs and outputs larger
 than the L2 cache. Variants are timed in turn (A B C A B C ...), reported by median and interquartile range;
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -141,8 +142,10 @@ def table(results: Sequence[Timing]) -> str:
     return "\n".join(lines)
 
 
-def run(compile_only: bool = False, json_file: Path | None = None) -> int:
+def run(compile_only: bool = False, json_file: Path | None = None, budget: float | None = None) -> int:
     """The benchmark, or with `compile_only` the check that needs no GPU; returns the exit status.
+
+    After `budget` seconds no further case is begun, and how many were left out is said.
 
     1 when a variant is wrong or a kernel does not compile, spills or loads narrowly; 2 when there is no GPU.
     """
@@ -153,11 +156,16 @@ def run(compile_only: bool = False, json_file: Path | None = None) -> int:
         return 2
     results: list[Timing] = []
     wrong = []
+    left_out = 0
+    begun = time.monotonic()
     for case in all_cases(torch.device("cuda")):
+        if budget is not None and time.monotonic() - begun > budget:
+            left_out += 1
+            continue
         try:
             results += (timed := measure(case))
             print(table(timed), flush=True)
-        except AssertionError as error:
+        except Exception as error:  # a wrong or failing case must not hide the others
             wrong.append(" ".join(str(error).split()))
         torch.cuda.empty_cache()
     if json_file is not None:
@@ -167,7 +175,10 @@ def run(compile_only: bool = False, json_file: Path | None = None) -> int:
         json_file.write_text(json.dumps(document, indent=1) + "\n")
     for line in wrong:
         print(f"WRONG {line}", file=sys.stderr)
-    print(f"{len(results)} timings on {torch.cuda.get_device_name()}, {len(wrong)} cases wrong")
+    print(
+        f"{len(results)} timings on {torch.cuda.get_device_name()}, {len(wrong)} cases wrong, "
+        f"{left_out} left out for lack of time"
+    )
     return 1 if wrong else 0
 
 
@@ -176,8 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="arat_fast.benchmarks.kernels", description=__doc__)
     parser.add_argument("--compile-only", action="store_true", help="no GPU: registers, spills, load widths")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case after this time")
     options = parser.parse_args(arguments)
-    return run(options.compile_only, options.json)
+    return run(options.compile_only, options.json, options.budget)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from arat_fast.benchmarks import cases, compile_only
-from arat_fast.benchmarks.kernels import run
+from arat_fast.benchmarks.kernels import Timing, run, table
 
 PTX = """
     @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
@@ -99,6 +99,15 @@ def test_benchmark_variants_agree(device):
         assert case.bytes_moved > 0
         seen.add(case.kernel)
     assert {"pgd_step Linf", "pgd_step L2", "random_start uniform", "random_crop_flip"} <= seen
+
+
+def test_a_table_line_says_the_share_of_copy_bandwidth():
+    timings = [
+        Timing("pgd_step", "2x3", variant, microseconds, 0.5, 15, 1_000_000)
+        for variant, microseconds in (("ours", 10.0), ("eager", 60.0), ("copy", 8.0))
+    ]
+    assert timings[0].gigabytes_per_second == 100
+    assert table(timings) == "pgd_step, 2x3: 10.0 us +- 0.5, 100 GB/s, 80 % of copy; eager 60.0 us (6.00x)"
 
 
 def test_timings_need_a_gpu(capsys):
