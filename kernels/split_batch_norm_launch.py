@@ -32,6 +32,8 @@ __all__ = [
 # Up to here one program runs down a whole column of the layer, twice, the second time out of L1 or L2.
 # 4 × 4 layers at batch 128 a branch have 2,048 rows.
 SMALL_ROWS = 2048
+# Of a reduction, about: 4 to 8 a multiprocessor on the largest GPUs.
+PROGRAMS = 1024
 
 
 class Launch(NamedTuple):
@@ -82,7 +84,7 @@ def reduction(rows: int, channels: int, branches: int, itemsize: int, streams: i
     block_r = (4096 // itemsize if wide else 1024) // block_c
     unroll = 2 // streams
     columns = branches * _cdiv(channels, block_c)
-    programs = max(1, 1024 // columns)
+    programs = max(1, PROGRAMS // columns)
     steps = _power_of_two(_cdiv(rows, block_r * unroll * programs))
     return Reduction(steps, unroll, block_r, block_c, _cdiv(rows, block_r * unroll * steps))
 
@@ -100,11 +102,12 @@ def elementwise(channels: int, itemsize: int) -> tuple[int, int]:
     return tile * (8 if INTERPRETING else 1) // block_c, block_c  # programs are what costs when interpreting
 
 
-def small(rows: int, channels: int) -> tuple[int, int, int, int]:
+def small(rows: int, channels: int, itemsize: int) -> tuple[int, int, int, int]:
     """(STEPS, BLOCK_R, BLOCK_C, num_warps) of the one-launch kernels: narrow columns, many warps."""
     block_c = channel_block(channels, largest=16)
-    block_r = min(8192 // block_c, max(16, _power_of_two(rows)))
-    return _cdiv(rows, block_r), block_r, block_c, max(1, min(8, block_r * block_c // 1024))
+    # 64 bytes of each stream a thread; with 128, backward needs 253 of the 255 registers in fp32.
+    block_r = min(16384 // itemsize // block_c, max(16, _power_of_two(rows)))
+    return _cdiv(rows, block_r), block_r, block_c, max(1, min(8, block_r * block_c // 512))
 
 
 # While set, launches are written down instead of done: the compile-only check sees exactly what a trainer
@@ -358,7 +361,7 @@ def batch_forward_triton(
         return y, bits, mean, var
     y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     bits = _new_bits(x) if save_bits else None
-    steps, block_r, block_c, num_warps = small(rows, c)
+    steps, block_r, block_c, num_warps = small(rows, c, x.element_size())
     with _on_device(x):
         _launch(
             forward.small_forward_kernel,
@@ -409,7 +412,7 @@ def batch_backward_triton(
         return dx, dresidual, dweight, dbias
     dx, dweight, dbias = torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)
     dresidual = torch.empty_like(dy) if residual_gradient else None
-    steps, block_r, block_c, num_warps = small(rows, c)
+    steps, block_r, block_c, num_warps = small(rows, c, x.element_size())
     with _on_device(x):
         _launch(
             backward.small_backward_kernel,

@@ -390,6 +390,7 @@ def _batch_backward(
         dx, g = input_gradient_reference(
             dy, x, gate, relu, mean, var, weight, bias, dbias / count, dweight / count, eps
         )
+        g = g if relu else g.clone()
     return dx, g if residual_gradient and g is not None else _nothing(dy), dweight, dbias
 
 

@@ -180,6 +180,19 @@ def test_network_shapes(
     check(case, relu=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_programs_that_loop(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few programs, as many steps each as in layers a hundred times this size, the last one cut short."""
+    monkeypatch.setattr(launch, "SMALL_ROWS", 0)
+    monkeypatch.setattr(launch, "PROGRAMS", 6)
+    for shape in ((5, 17, 13, 11), (5, 32, 13, 17)):
+        for residual in (True, False):
+            case = make_case(shape, 2, dtype, device, residual=residual, relu=True, batch=True)
+            check(case, relu=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [True, False])
 def test_large_mean(dtype: torch.dtype, batch: bool, device: torch.device, path: str) -> None:

@@ -175,6 +175,42 @@ def test_four_ops_compose_to_the_fused_one(
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
+def test_two_ranks_compose_to_one(device: torch.device) -> None:
+    """Synchronised BN: with an all-reduce between the ops, two ranks of [clean; adv] equal one of twice the batch."""
+    t = tensors(device, c=16, n=8)
+    leaves = [
+        t[n].clone(memory_format=torch.preserve_format).requires_grad_() for n in ("x", "weight", "bias")
+    ]
+    y, mean, var = split_batch_norm(*leaves, relu=True)
+    dx, dweight, dbias = torch.autograd.grad(y, leaves, t["dy"])
+
+    def of_rank(tensor: Tensor, rank: int) -> Tensor:  # of the branch's four images, two a rank
+        return channels_last(torch.cat([tensor[2 * rank :][:2], tensor[4 + 2 * rank :][:2]]))
+
+    x, dy = ([of_rank(t[name], rank) for rank in (0, 1)] for name in ("x", "dy"))
+    means, variances = zip(*(batch_norm_statistics(part, 2) for part in x), strict=True)
+    centre = (means[0] + means[1]) / 2
+    spread = sum(v + (m - centre).square() for m, v in zip(means, variances, strict=True)) / 2
+    torch.testing.assert_close(centre, mean)
+    torch.testing.assert_close(spread, var)
+    statistics = (centre, spread, t["weight"], t["bias"])
+    outputs = [batch_norm_apply(part, *statistics, None, True) for part in x]
+    gates = [bits if bits.numel() else y_ for y_, bits in outputs]
+    sums = [
+        batch_norm_reduce(dy_, x_, gate, True, *statistics)
+        for dy_, x_, gate in zip(dy, x, gates, strict=True)
+    ]
+    sum_g, sum_gxhat = sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]
+    torch.testing.assert_close(sum_g, dbias, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum_gxhat, dweight, rtol=1e-4, atol=1e-5)
+    for rank in (0, 1):
+        found, _ = batch_norm_input_gradient(
+            dy[rank], x[rank], gates[rank], True, *statistics, sum_g, sum_gxhat, 1 / (4 * 5 * 5)
+        )
+        torch.testing.assert_close(outputs[rank][0], of_rank(y, rank), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, of_rank(dx, rank), rtol=1e-4, atol=1e-5)
+
+
 def test_bits_are_the_twins(device: torch.device) -> None:
     if not use_triton(torch.empty(0, device=device)):
         pytest.skip("the CPU saves no bits")
