@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from .augment_cpu import random_crop_flip_cpu
 from .compile_cases import CompileCase
 from .crop_parameters import CROP_AND_FLIP, crop_flip_parameters
 from .dispatch import (
@@ -146,6 +147,9 @@ def _random_crop_flip(
 ) -> Tensor:
     count, (stored, height, width, channels) = indices.shape[0], images.shape
     if not use_triton(images) or count == 0 or images.numel() == 0:
+        plain = type(images) is Tensor and type(seed) is Tensor and not torch.compiler.is_compiling()
+        if plain and not images.is_cuda and count > 0 and images.numel() > 0:
+            return random_crop_flip_cpu(images, indices, seed, epoch, padding, flip, dtype, resident)
         out = random_crop_flip_reference(images, indices, seed, epoch, padding, flip, dtype, resident)
         # Dense channels-last strides also where a side of 1 leaves them open.
         return torch.empty_like(out, memory_format=torch.channels_last).copy_(out)
