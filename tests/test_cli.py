@@ -58,7 +58,7 @@ def test_dry_run_prints_configuration_and_cost() -> None:
     assert "11,183,562 (+ 527,360 of predictors)" in cost
     assert "1.111 GFLOP" in cost
     assert "10 input gradients, 2 full" in cost
-    assert "28.9" in cost
+    assert "28.88 GFLOP" in cost
 
 
 def test_a_run_its_files_and_its_evaluation(tmp_path: Path) -> None:

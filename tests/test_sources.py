@@ -174,7 +174,7 @@ def test_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((2, 4, 4, 3), np.float32), [0, 1], "float32"),
+        (np.full((2, 4, 4, 3), np.nan, np.float32), [0, 1], "float32"),
         (np.zeros((2, 4, 4), np.uint8), [0, 1], "shape"),
         (np.zeros((2, 4, 4, 3), np.uint8), [0, 1, 2], "2 images but 3 labels"),
         (np.zeros((2, 4, 4, 3), np.uint8), [0, -1], "from -1 to 0"),

@@ -1,0 +1,70 @@
+"""`arat-fast runs` and TensorBoard's events: what lies in a folder of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from arat_fast.cli import main
+from arat_fast.commands.runs import describe_run
+from arat_fast.config import TrainConfig
+from arat_fast.loaders.images import ImageSet
+from arat_fast.training.directory import LAST_GOOD, RunDirectory
+from arat_fast.training.trainer import Trainer
+
+
+@pytest.fixture
+def folder(tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path) -> Path:
+    Trainer(dataclasses.replace(tiny_config, epochs=1), digits[0], tmp_path / "done").run()
+    (tmp_path / "done" / "results.json").write_text(
+        json.dumps({"arat": {"clean": 0.5, "pgd2": 0.25, "n": 40}})
+    )
+    Trainer(tiny_config, digits[0], tmp_path / "deep" / "stopped").directory.release()
+    return tmp_path
+
+
+def test_states_and_figures(
+    folder: Path,
+    tiny_config: TrainConfig,
+    digits: tuple[ImageSet, ImageSet],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    live = Trainer(tiny_config, digits[0], folder / "live")
+    failed = Trainer(tiny_config, digits[0], folder / "failed")
+    failed.directory.release()
+    (folder / "failed" / LAST_GOOD).write_bytes(b"")
+    assert main(["runs", str(folder), "--json"]) == 0
+    runs = {Path(r["run"]).name: r for r in json.loads(capsys.readouterr().out)}
+    states = {name: run["state"] for name, run in runs.items()}
+    assert states == {"done": "complete", "stopped": "stopped", "live": "running", "failed": "failed"}
+    assert runs["done"]["results"] == {"clean": 0.5, "pgd2": 0.25}
+    assert (runs["done"]["epoch"], runs["done"]["epochs"]) == (1, 1)
+    live.directory.release()
+    assert describe_run(RunDirectory(folder / "live"))["state"] == "stopped"
+    assert main(["runs", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert "clean 50.0 %, PGD-2 25.0 %" in table
+
+
+def test_no_folder_and_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "no runs under" in capsys.readouterr().out
+    assert main(["runs", str(tmp_path / "absent")]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_tensorboard_holds_each_epochs_figures(
+    tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = Trainer(
+        dataclasses.replace(tiny_config, epochs=2), digits[0], tmp_path / "run", tensorboard=True
+    )
+    trainer.run()
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([line["loss"] for line in trainer.directory.metrics()], rel=1e-5)
