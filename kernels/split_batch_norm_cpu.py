@@ -9,21 +9,23 @@ backward reads y instead of a bit mask.
 import torch
 from torch import Tensor
 
-__all__ = ["apply_cpu", "batch_backward_cpu", "batch_forward_cpu", "input_gradient_cpu", "through_relu_cpu"]
+__all__ = ["apply_cpu", "batch_backward_cpu", "batch_forward_cpu", "input_gradient_cpu"]
 
 _native = torch.ops.aten.native_batch_norm.out
 _native_backward = torch.ops.aten.native_batch_norm_backward.out
-_threshold_backward = torch.ops.aten.threshold_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 def _parts(x: Tensor, branches: int) -> tuple[Tensor, ...]:
     return x.tensor_split(branches)
 
 
-def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> None:
+    # A branch at a time, in place, while it is in the cache.
     if residual is not None:
         y.add_(residual)
-    return y.relu_() if relu else y
+    if relu:
+        y.relu_()
 
 
 def batch_forward_cpu(
@@ -37,7 +39,9 @@ def batch_forward_cpu(
     mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
     invstd = torch.empty_like(weight)
     unused = torch.empty_like(weight)
-    for k, (x_k, y_k) in enumerate(zip(_parts(x, branches), _parts(y, branches), strict=True)):
+    residuals = (None,) * branches if residual is None else _parts(residual, branches)
+    parts = zip(_parts(x, branches), _parts(y, branches), residuals, strict=True)
+    for k, (x_k, y_k, residual_k) in enumerate(parts):
         _native(
             x_k,
             weight[k],
@@ -51,8 +55,9 @@ def batch_forward_cpu(
             save_mean=unused[k],
             save_invstd=invstd[k],
         )
+        _finish(y_k, residual_k, relu)
     count = x.numel() // weight.numel()
-    return _finish(y, residual, relu), mean, var.mul_((count - 1) / count)
+    return y, mean, var.mul_((count - 1) / count)
 
 
 def apply_cpu(
@@ -69,7 +74,9 @@ def apply_cpu(
     branches = weight.shape[0]
     y = torch.empty_like(x)
     empty = weight.new_empty(0)
-    for k, (x_k, y_k) in enumerate(zip(_parts(x, branches), _parts(y, branches), strict=True)):
+    residuals = (None,) * branches if residual is None else _parts(residual, branches)
+    parts = zip(_parts(x, branches), _parts(y, branches), residuals, strict=True)
+    for k, (x_k, y_k, residual_k) in enumerate(parts):
         _native(
             x_k,
             weight[k],
@@ -83,26 +90,27 @@ def apply_cpu(
             save_mean=empty,
             save_invstd=empty,
         )
-    return _finish(y, residual, relu)
-
-
-def through_relu_cpu(dy: Tensor, y: Tensor | None) -> Tensor:
-    """Gradient before the ReLU whose output was y; dy itself without one."""
-    if y is None:
-        return dy
-    g: Tensor = _threshold_backward(dy, y, 0)
-    return g
+        _finish(y_k, residual_k, relu)
+    return y
 
 
 def batch_backward_cpu(
-    g: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) with the statistics of the batch; g is the gradient before the ReLU."""
+    dy: Tensor, y: Tensor | None, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, g, dweight, dbias) with batch statistics; y is the ReLU's output, g the gradient before it.
+
+    Without a ReLU y is None and g is dy itself.
+    """
     branches = weight.shape[0]
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    g = dy if y is None else torch.empty_like(dy)
     invstd = torch.rsqrt(var + eps)
-    parts = (_parts(t, branches) for t in (g, x, dx))
-    for k, (g_k, x_k, dx_k) in enumerate(zip(*parts, strict=True)):
+    outputs = (None,) * branches if y is None else _parts(y, branches)
+    parts = (_parts(t, branches) for t in (dy, g, x, dx))
+    for k, (dy_k, g_k, x_k, dx_k) in enumerate(zip(*parts, strict=True)):
+        y_k = outputs[k]
+        if y_k is not None:
+            _threshold_backward(dy_k, y_k, 0, grad_input=g_k)
         _native_backward(
             g_k,
             x_k,
@@ -118,10 +126,15 @@ def batch_backward_cpu(
             out1=dweight[k],
             out2=dbias[k],
         )
-    return dx, dweight, dbias
+    return dx, g, dweight, dbias
 
 
-def input_gradient_cpu(g: Tensor, var: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Dx = g·weight/√(var + eps), statistics constant: the forward kernel itself, with mean and bias zero."""
+def input_gradient_cpu(
+    dy: Tensor, y: Tensor | None, var: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(dx, g), statistics constant: dx = g·weight/√(var + eps) is the forward kernel, mean and bias zero."""
+    g = dy if y is None else torch.empty_like(dy)
+    if y is not None:
+        _threshold_backward(dy, y, 0, grad_input=g)
     zero = torch.zeros_like(weight)
-    return apply_cpu(g, zero, var, weight, zero, None, False, eps)
+    return apply_cpu(g, zero, var, weight, zero, None, False, eps), g

@@ -23,7 +23,6 @@ from .split_batch_norm_cpu import (
     batch_backward_cpu,
     batch_forward_cpu,
     input_gradient_cpu,
-    through_relu_cpu,
 )
 from .split_batch_norm_launch import (
     apply_triton,
@@ -183,8 +182,7 @@ def _reduce(
     if _on_triton(x):
         return reduce_triton(dy, x, gate, relu, mean, var, weight, bias, eps)
     if x.device.type == "cpu" and (not relu or (gate is not None and gate.dtype == x.dtype)):
-        g = through_relu_cpu(dy, gate if relu else None)
-        _, dweight, dbias = batch_backward_cpu(g, x, mean, var, weight, eps)
+        _, _, dweight, dbias = batch_backward_cpu(dy, gate if relu else None, x, mean, var, weight, eps)
         return dbias, dweight
     return reduce_reference(dy, x, gate, relu, mean, var, weight, bias, eps)
 
@@ -263,8 +261,7 @@ def _input_gradient(
         and dy.device.type == "cpu"
         and (not relu or (gate is not None and gate.dtype == dy.dtype))
     ):
-        g = through_relu_cpu(dy, gate if relu else None)
-        dx = input_gradient_cpu(g, var, weight, eps)
+        dx, g = input_gradient_cpu(dy, gate if relu else None, var, weight, eps)
         g = g if relu else g.clone()  # an op must not hand back its input
     else:
         mean_g = None if sum_g is None else sum_g * per_count
@@ -381,8 +378,7 @@ def _batch_backward(
             dy, x, gate, relu, mean, var, weight, bias, residual_gradient, eps
         )
     elif x.device.type == "cpu" and (not relu or gate is not None):
-        g = through_relu_cpu(dy, gate if relu else None)
-        dx, dweight, dbias = batch_backward_cpu(g, x, mean, var, weight, eps)
+        dx, g, dweight, dbias = batch_backward_cpu(dy, gate if relu else None, x, mean, var, weight, eps)
         g = g if relu else g.clone()
     else:
         dbias, dweight = reduce_reference(dy, x, gate, relu, mean, var, weight, bias, eps)
