@@ -21,7 +21,7 @@ def shifted(
     down: NDArray[np.int64],
     right: NDArray[np.int64],
 ) -> NDArray[np.uint8]:
-    """(N, H, W, C): image source[n] of (M, H, W, C), its window moved by down[n] and right[n], zero outside."""
+    """(N, H, W, C): image source[n] of (M, H, W, C), moved by down[n] and right[n], zero outside."""
     _, height, width, channels = images.shape
     size = height * width * channels
     stored = images.reshape(-1)
