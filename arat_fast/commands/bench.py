@@ -10,6 +10,7 @@ from arat_fast.errors import unknown_name
 # name -> (module with main(arguments), what it measures)
 BENCHMARKS = {
     "kernels": ("arat_fast.benchmarks.kernels", "Triton kernels on a GPU, or --compile-only without one"),
+    "step": ("arat_fast.benchmarks.step", "a whole ARAT iteration against the eager reference"),
     "loaders": ("arat_fast.benchmarks.loaders", "images/s of each loader alone"),
 }
 

@@ -138,13 +138,12 @@ class TrainStep:
         settings = self.settings
         low = torch.empty_like(images, dtype=self.dtype) if self.dtype != images.dtype else None
         if settings.random_start:
-            kind = "uniform" if settings.norm == "Linf" else "l2"
             x_adv = random_start(
                 images,
                 settings.eps,
                 seed=self.seed,
                 offset=self.step,
-                kind=kind,
+                kind="uniform" if settings.norm == "Linf" else "l2",
                 clamp=not settings.aliased_start,
                 low_precision_out=low,
             )
