@@ -118,7 +118,7 @@ class EvaluationConfig:
     batch_size: Count = 250
     """Images a batch."""
     limit: Optional = 0
-    """Test images that are attacked at the end of training; 0: all."""
+    """Test images that are used at the end of training; 0: all, or as many as --limit-train."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class TrainConfig:
     validation: Optional = 0
     """Training images held out for validation, chosen by the seed; 0: none, as the paper."""
     limit_train: Optional = 0
-    """Use only the first N training images; 0: all."""
+    """Use only the first N training images, and N test images at the end; 0: all."""
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     """Seed of weights, batches, crops and attack starts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

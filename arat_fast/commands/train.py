@@ -134,7 +134,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     device = pick_device(config.device)
     attacks = ["clean", f"pgd{config.evaluation.steps}"] + (["autoattack"] if options.autoattack else [])
-    evaluation = EvaluationOptions(limit=config.evaluation.limit)
+    # A trial on few images ends with a trial of an evaluation: PGD-20 on all of CIFAR-10 takes a CPU an hour.
+    evaluation = EvaluationOptions(limit=config.evaluation.limit or config.limit_train)
     records = {
         name: evaluate_run(where, test, attacks, device=device, options=evaluation)
         for name, (_, where) in runs.items()
