@@ -47,14 +47,17 @@ class ResizedCrop:
         return torch.stack([top, left, height, width], 1).numpy()
 
 
-def central_box(height: int, width: int, resize: float = 256 / 224) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the central square that evaluation sees.
+def central_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
+    """What evaluation sees, uint8 (side, side, 3): the shorter side made side · 256/224, then the centre.
 
-    Resizing the shorter side to `resize` times the wanted side and cutting the centre out is the same as
-    cutting a square of the shorter side over `resize` and resizing that.
+    Equal to torchvision's Resize and CenterCrop of a Pillow image.
     """
-    side = max(1, round(min(height, width) / resize))
-    return (height - side) // 2, (width - side) // 2, side, side
+    shorter = round(side * 256 / 224)
+    scale = shorter / min(image.size)
+    width, height = (shorter if s == min(image.size) else int(s * scale) for s in image.size)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = round((height - side) / 2), round((width - side) / 2)
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
 def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], side: int) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from arat_fast.errors import UserError
-from arat_fast.loaders.crops import central_box, crop_and_resize, open_image
+from arat_fast.loaders.crops import central_square, open_image
 from arat_fast.loaders.images import ImageSet, ImageSource, check_labels
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -72,8 +72,7 @@ def central_crops(photos: ImageSource, side: int, workers: int = 4) -> ImageSet:
     out = np.empty((len(photos), side, side, 3), np.uint8)
 
     def read(index: int) -> None:
-        image = Image.fromarray(photos.image(index))
-        out[index] = crop_and_resize(image, central_box(image.height, image.width), side)
+        out[index] = central_square(Image.fromarray(photos.image(index)), side)
 
     with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(read, range(len(photos))):

@@ -74,7 +74,7 @@ def stream_of(
     shard: Shard = WHOLE,
     folder: Path | None = None,
 ) -> Stream:
-    """A loader's stream; for ffcv the images are written to `folder` first, unless they are a file already."""
+    """A loader's stream; for ffcv the images are written to `folder` first, unless they are a file."""
     if name == "ffcv" and not isinstance(images, BetonSet):
         assert folder is not None
         assert isinstance(images, ImageSet)
@@ -89,7 +89,9 @@ def own_images(batch: Batch) -> torch.Tensor:
     return batch.images[batch.indices] if batch.resident else batch.images
 
 
-def everything(stream: Stream, epoch: int = 1, first: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def everything(
+    stream: Stream, epoch: int = 1, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(images, labels, indices) of an epoch; batches are kept as they came, so a reused buffer would show."""
     batches = list(stream.epoch(epoch, first))
     parts = [[own_images(b) for b in batches], [b.labels for b in batches], [b.indices for b in batches]]

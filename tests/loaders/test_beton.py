@@ -31,7 +31,9 @@ def test_raw_images_come_back_exactly(tmp_path: Path) -> None:
     assert (read.num_classes, read.image_shape, len(read)) == (7, (16, 16, 3), 203)
     assert sorted(os.listdir(tmp_path)) == ["images.beton", "images.beton.sha256"]
     line = checksum_path(tmp_path / "images.beton").read_text()
-    assert line == f"{beton.file_digest(tmp_path / 'images.beton')}  images.beton\n"  # as sha256sum -c reads it
+    assert (
+        line == f"{beton.file_digest(tmp_path / 'images.beton')}  images.beton\n"
+    )  # as sha256sum -c reads it
 
 
 def test_the_same_bytes_whatever_the_number_of_threads(tmp_path: Path) -> None:
@@ -141,7 +143,10 @@ DAMAGE: dict[str, tuple[Callable[[bytearray], object], str]] = {
     "unfinished": (lambda d: set_header(d, "table", 0), "was not finished"),
     "no images": (lambda d: set_header(d, "samples", 0), "holds no images"),
     "more images than there are": (lambda d: set_header(d, "samples", 2**40), "cut short or damaged"),
-    "another field": (lambda d: d.__setitem__(HEADER.itemsize + FIELD.itemsize, 0), r"label \(float\); expected"),
+    "another field": (
+        lambda d: d.__setitem__(HEADER.itemsize + FIELD.itemsize, 0),
+        r"label \(float\); expected",
+    ),
     "wrong place in the table": (lambda d: set_table(d, "place", 2**63), "do not agree"),
     "overlapping images": (lambda d: set_table(d, "size", 769), "do not agree"),
     "an image twice in the table": (lambda d: set_table(d, "sample", 4), "do not agree"),

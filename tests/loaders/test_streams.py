@@ -1,4 +1,4 @@
-"""What every loader promises: each image once, exact pixels, the same batches whoever reads, resume, shards."""
+"""What every loader promises: each image once, exact pixels, the same batches whoever reads, resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from arat_fast.loaders.stream import Shard, epoch_order
 
 
 @pytest.mark.parametrize(("name", "workers"), VARIANTS)
-def test_each_image_once_with_its_label_and_exact_pixels(name: LoaderName, workers: int, tmp_path: Path) -> None:
+def test_each_image_once_with_its_label_and_exact_pixels(
+    name: LoaderName, workers: int, tmp_path: Path
+) -> None:
     data = random_images()
     stream = stream_of(name, data, workers, folder=tmp_path)
     assert len(stream) == 7  # 6 batches of 32 and one of 11
@@ -28,7 +30,9 @@ def test_each_image_once_with_its_label_and_exact_pixels(name: LoaderName, worke
 
 
 @pytest.mark.parametrize(("name", "workers"), VARIANTS)
-def test_same_seed_same_batches_and_crops_whoever_reads(name: LoaderName, workers: int, tmp_path: Path) -> None:
+def test_same_seed_same_batches_and_crops_whoever_reads(
+    name: LoaderName, workers: int, tmp_path: Path
+) -> None:
     data = random_images()
     stream = stream_of(name, data, workers, folder=tmp_path)
     plain = stream_of("torchvision", data)
@@ -37,7 +41,8 @@ def test_same_seed_same_batches_and_crops_whoever_reads(name: LoaderName, worker
             assert torch.equal(a.indices, b.indices)
             assert torch.equal(a.labels, b.labels)
             crops = [
-                random_crop_flip(x.images, x.indices, seed=5, epoch=epoch, resident=x.resident) for x in (a, b)
+                random_crop_flip(x.images, x.indices, seed=5, epoch=epoch, resident=x.resident)
+                for x in (a, b)
             ]
             assert torch.equal(*crops)
     first, second = everything(stream, 1)[2], everything(stream, 2)[2]
@@ -115,7 +120,11 @@ def test_other_orders_read_everything_and_resume(order: str, tmp_path: Path) -> 
     # Images of 3 MB, so that the file has several pages.
     data = random_images(count=9, side=1_000)
     stream = ffcv.FFCVStream(
-        raw_beton(tmp_path, data), batch_size=2, seed=1, device=CPU, order=order  # type: ignore[arg-type]
+        raw_beton(tmp_path, data),
+        batch_size=2,
+        seed=1,
+        device=CPU,
+        order=order,  # type: ignore[arg-type]
     )
     images, _, indices = everything(stream)
     assert sorted(indices.tolist()) == list(range(9))
