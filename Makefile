@@ -10,7 +10,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt scripts/setup.sh
+$(READY): pyproject.toml constraints.txt scripts/setup.sh scripts/ffcv.sh
 	@scripts/setup.sh $(VENV)
 	@touch $@
 
