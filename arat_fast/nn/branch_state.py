@@ -6,12 +6,11 @@ layers are updated together, one foreach call a forward, when the model's forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 __all__ = ["BOTH", "BranchState", "Statistics"]
 
@@ -53,7 +52,6 @@ class BranchState:
         self.statistics: Statistics = "auto"
         self.update = True
         self._pending: list[_Update] | None = None
-        self._hooks: tuple[RemovableHandle, ...] = ()
         self.branch = self.branches[-1]  # ARAT's inference branch, adv
         self.index: int | None = len(self.branches) - 1
 
@@ -80,16 +78,21 @@ class BranchState:
             self._pending.append(update)
 
     def bind(self, model: nn.Module) -> None:
-        """Update the running statistics together when the forward of `model` ends; the first model stays."""
-        if not self._hooks:
-            before = model.register_forward_pre_hook(self.begin)
-            self._hooks = (before, model.register_forward_hook(self.end))
+        """Update running statistics together when the forward of `model` ends, unless a part does so."""
+        # The hooks know the state and not the other way: a handle would not survive the copy of a part of a
+        # model.
+        if not any(self in _states(module._forward_hooks) for module in model.modules()):
+            model.register_forward_pre_hook(self.begin)
+            model.register_forward_hook(self.end)
 
-    def unbind(self) -> None:
+    def unbind(self, model: nn.Module) -> None:
         """Update each layer's running statistics at once again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = ()
+        for module in model.modules():
+            hook_dicts: tuple[dict[int, Any], ...] = (module._forward_hooks, module._forward_pre_hooks)
+            for hooks in hook_dicts:
+                for number, state in zip(list(hooks), _states(hooks), strict=True):
+                    if state is self:
+                        del hooks[number]
         self._pending = None
 
     def begin(self, _module: object, _inputs: object) -> None:
@@ -122,6 +125,10 @@ def _update_running_statistics(updates: Sequence[_Update]) -> None:
             weights = [(1.0 / counter).to(running[0].dtype)[:, None] for counter in counters] * 2
             for old, new, weight in zip(running, batch, weights, strict=True):
                 old.lerp_(new, weight.expand_as(new))
+
+
+def _states(hooks: Mapping[int, Any]) -> list[object]:
+    return [getattr(hook, "__self__", None) for hook in hooks.values()]
 
 
 def _part(tensor: Tensor, index: int | None) -> Tensor:

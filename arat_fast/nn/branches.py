@@ -58,7 +58,7 @@ def bind_branches(model: nn.Module) -> BranchState:
         )
     state = layers[0].state
     if any(layer.state is not state for layer in layers):
-        state.unbind()  # it may be bound to a part of this model
+        state.unbind(model)  # it may be bound to a part of this model
         for layer in layers:
             layer.state = state
     state.bind(model)
@@ -209,7 +209,7 @@ def revert_split_bn(model: ModuleT, branch: str) -> ModuleT:
     if branch not in layers[0].branches:
         raise ValueError(f"branch is {branch!r}; expected one of {layers[0].branches}")
     for layer in layers:
-        layer.state.unbind()
+        layer.state.unbind(model)
     model.__dict__.pop("_branch_state", None)
     alone = _plain(model, branch)
     if alone is not None:

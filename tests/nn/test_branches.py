@@ -144,6 +144,15 @@ def test_a_copy_chooses_for_itself(x: torch.Tensor) -> None:
     assert not torch.equal(twin[1].bn1.running_mean, before)
 
 
+def test_a_part_can_be_copied_again_and_again(x: torch.Tensor) -> None:
+    model = convert_split_bn(small_model())
+    part = copy.deepcopy(copy.deepcopy(model[:3]))
+    use_branch(part, "clean")
+    part(x)
+    assert part[1].bn1.num_batches_tracked.tolist() == [1, 0]
+    assert model[1].bn1.num_batches_tracked.tolist() == [0, 0]
+
+
 def test_layers_built_by_hand_share_one_choice(x: torch.Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), SplitBatchNorm2d(8), nn.Conv2d(8, 8, 3), SplitBatchNorm2d(8))
     model.to(memory_format=torch.channels_last)
