@@ -7,6 +7,7 @@ exactly.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -107,8 +108,10 @@ class FFCVStream:
         height, width, _ = source.image_shape
         shape = (height, width, 3)
         crop = ResizedCrop(source.side) if source.side else None
+        # A thread decodes into a buffer of its own; FFCV has one for each image of each batch in its ring.
+        own, largest = threading.local(), int((file.heights * file.widths).max()) * 3
 
-        def decode(places: NDArray[np.int64], out: NDArray[np.uint8], scratch: NDArray[np.uint8]) -> Any:
+        def decode(places: NDArray[np.int64], out: NDArray[np.uint8]) -> Any:
             samples = indices[places]
             rows = source.rows[samples]
             status = np.zeros(len(rows), np.int32)
@@ -124,9 +127,11 @@ class FFCVStream:
                     flat = out.reshape(len(out), -1)
                     ffcv_decode.read_images(*stored, rows[part], height, width, flat[part], status[part])
                 else:
-                    sizes = (file.heights, file.widths)
+                    sizes, scratch = (file.heights, file.widths), getattr(own, "scratch", None)
+                    if scratch is None:
+                        scratch = own.scratch = np.empty(largest, np.uint8)
                     ffcv_decode.read_crops(
-                        *stored, *sizes, rows[part], boxes[part], scratch[part], out[part], status[part]
+                        *stored, *sizes, rows[part], boxes[part], scratch, out[part], status[part]
                     )
 
             ffcv_decode.in_parts(work, len(rows), self.workers)
@@ -135,5 +140,4 @@ class FFCVStream:
                 raise UserError(f"the image {rows[bad[0]]} of {file.path} is damaged: {bad[1]}; {AGAIN}")
             return out[: len(rows)]
 
-        scratch = int((file.heights * file.widths).max()) * 3 if crop is not None else 1
-        return self._ffcv.decoder(decode, shape, scratch)
+        return self._ffcv.decoder(decode, shape)

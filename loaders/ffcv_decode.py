@@ -120,7 +120,7 @@ def read_crops(
 ) -> None:
     """Crops of images of any size, resized by OpenCV's area filter to out, uint8 (N, side, side, 3).
 
-    boxes: int64 (N, 4), top, left, height, width; scratch: uint8 (N, bytes of the largest image).
+    boxes: int64 (N, 4), top, left, height, width; scratch: uint8, of the largest image's bytes.
     """
     side = out.shape[1]
     for k in range(len(rows)):
@@ -131,8 +131,8 @@ def read_crops(
         source = stored.ctypes.data
         status[k] = 0
         if modes[row] == 0:
-            status[k] = _decode_jpeg(stored, height, width, scratch[k])
-            source = scratch[k].ctypes.data
+            status[k] = _decode_jpeg(stored, height, width, scratch)
+            source = scratch.ctypes.data
         if status[k] == 0:
             top, left = boxes[k, 0], boxes[k, 1]
             bottom, right = top + boxes[k, 2], left + boxes[k, 3]

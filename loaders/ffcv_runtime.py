@@ -35,7 +35,7 @@ from arat_fast.loaders.beton import BetonFile
 
 PINNED = "1.0.2"
 AHEAD = 3  # batches made in advance
-Decode = Callable[[NDArray[np.int64], Any, Any], Any]  # (rows, destination, scratch) -> destination
+Decode = Callable[[NDArray[np.int64], Any], Any]  # (rows, buffer of a batch) -> the part that was filled
 
 
 class Runtime(NamedTuple):
@@ -124,23 +124,22 @@ def _guarded(ffcv: Any, compiler: Any) -> Runtime:
     class Decoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         """Calls `decode`; a subclass of FFCV's, which puts its own in front of any other operation."""
 
-        def __init__(self, decode: Decode, shape: tuple[int, int, int], scratch: int) -> None:
+        def __init__(self, decode: Decode, shape: tuple[int, int, int]) -> None:
             super().__init__()
-            self.decode, self.shape, self.scratch = decode, shape, scratch
+            self.decode, self.shape = decode, shape
 
         def declare_state_and_memory(self, previous_state: Any) -> Any:
-            """A batch of `shape`, and `scratch` bytes an image."""
+            """A batch of `shape`."""
             state = type(previous_state)(
                 jit_mode=True, device=previous_state.device, shape=self.shape, dtype=np.dtype("u1")
             )
-            bytes_ = np.dtype("u1")
-            return state, (AllocationQuery(self.shape, bytes_), AllocationQuery((self.scratch,), bytes_))
+            return state, AllocationQuery(self.shape, np.dtype("u1"))
 
         def generate_code(self) -> Any:
             """The function that FFCV's thread calls."""
 
             def code(rows: Any, memory: Any, metadata: Any, storage: Any) -> Any:
-                return self.decode(np.ascontiguousarray(rows, np.int64), *memory)
+                return self.decode(np.ascontiguousarray(rows, np.int64), memory)
 
             return code
 

@@ -153,11 +153,11 @@ make, calls = s._decoder, []
 def failing(indices, epoch):
     decoder = make(indices, epoch)
     right = decoder.decode
-    def decode(places, out, scratch):
+    def decode(places, out):
         calls.append(1)
         if len(calls) == 3:
             raise ZeroDivisionError("in the third batch")
-        return right(places, out, scratch)
+        return right(places, out)
     decoder.decode = decode
     return decoder
 s._decoder = failing
