@@ -14,6 +14,7 @@ from arat_fast import methods, reference
 from arat_fast.config import TrainConfig
 from arat_fast.errors import UserError
 from arat_fast.kernels.augment import random_crop_flip
+from arat_fast.loaders.sources import PHOTOS
 from arat_fast.loaders.stream import Batch, counter_seed
 from arat_fast.models import create_model
 from arat_fast.nn import bn_mode, from_authors, single_branch, to_authors, use_branch
@@ -66,7 +67,7 @@ def augmented(config: TrainConfig, batch: Batch, epoch: int) -> Tensor:
         batch.indices,
         seed=config.seed,
         epoch=epoch,
-        padding=config.padding,
+        padding=0 if config.dataset in PHOTOS else config.padding,  # their loader has cropped photos
         flip=config.flip,
         resident=batch.resident,
     )
