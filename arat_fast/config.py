@@ -163,6 +163,8 @@ class TrainConfig:
     """Seed of weights, batches, crops and attack starts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU where there is one."""
+    threads: Optional = 0
+    """CPU threads; 0: torch's choice. Small networks run best on one, above all on a busy machine."""
     engine: Literal["reference", "fast"] = "reference"
     """What runs an iteration: the plain eager reference, or the fused, compiled fast path."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

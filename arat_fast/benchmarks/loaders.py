@@ -77,9 +77,7 @@ def _images(options: LoaderOptions) -> ImageSet:
         return ImageSet(images, generator.integers(0, 10, len(images)), 10, "random bytes")
     train, _ = sources.load(options.dataset, options.data_root)
     if train.is_photos:
-        raise UserError(
-            f"bench loaders measures images of one size; {options.dataset} holds photos"
-        )
+        raise UserError(f"bench loaders measures images of one size; {options.dataset} holds photos")
     return train.first(options.images).in_memory()
 
 

@@ -18,7 +18,7 @@ from arat_fast.evaluation.record import write_json
 from arat_fast.evaluation.results import EvaluationOptions, check_attacks, evaluate_run
 from arat_fast.evaluation.sanity import sanity_checks
 from arat_fast.loaders import sources
-from arat_fast.training.build import pick_device
+from arat_fast.training.build import pick_device, use_threads
 from arat_fast.training.directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def _sanity(options: EvaluateOptions) -> int:
     _, test = sources.load(
         trained.config.dataset, options.data_root or trained.config.data_root, trained.config.image_size
     )
+    use_threads(trained.config.threads)
     settings = trained.config.evaluation
     checks = sanity_checks(
         trained.network,
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     attacks = [name.strip() for name in options.attacks.split(",") if name.strip()]
     check_attacks(attacks)
     config = RunDirectory(options.run).config()
+    use_threads(config.threads)
     _, test = sources.load(config.dataset, options.data_root or config.data_root, config.image_size)
     shared = {f.name for f in dataclasses.fields(EvaluationOptions)} & set(vars(options))
     record = evaluate_run(

@@ -20,7 +20,7 @@ from arat_fast.evaluation.record import write_json
 from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSource
-from arat_fast.training.build import check_model, pick_device
+from arat_fast.training.build import check_model, pick_device, use_threads
 from arat_fast.training.cost import iteration_cost
 from arat_fast.training.directory import RunDirectory
 from arat_fast.training.trainer import Trainer
@@ -122,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.resume and options.run_dir is None:
         raise UserError("--resume needs --run-dir: the folder of the run to continue")
+    use_threads(config.threads)
     run_dir = options.run_dir or _default_run_dir(options.config)
     train, test = sources.load(config.dataset, config.data_root, config.image_size)
     runs: dict[str, tuple[TrainConfig, Path]] = {config.method: (config, run_dir)}

@@ -20,6 +20,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
+def use_threads(count: int) -> None:
+    """Let torch compute with `count` CPU threads; 0 leaves its choice."""
+    if count:
+        torch.set_num_threads(count)
+
+
 def check_model(name: str) -> None:
     """Raise UserError with the nearest known name unless `name` is a model."""
     if name not in reference.MODELS:

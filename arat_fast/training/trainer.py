@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BALANCE_BATCHES = 8  # the paper measures `a` on 1,024 images
 # A resumed run may differ in these; anything else would make it another run.
-FREE_KEYS = ("epochs", "data_root", "device", "loader", "workers", "evaluation")
+FREE_KEYS = ("epochs", "data_root", "device", "loader", "workers", "threads", "evaluation")
 
 
 class Trainer:
