@@ -10,6 +10,8 @@ python=$venv/bin/python
 version=1.0.2
 packages=(libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev)
 
+source scripts/apt.sh
+
 say() { printf 'ffcv: %s\n' "$*" >&2; }
 leave() {
   say "$*"
@@ -36,17 +38,6 @@ fi
 have_headers() {
   [ -e /usr/include/turbojpeg.h ] && [ -e /usr/include/opencv4/opencv2/core.hpp ] &&
     [ -e /usr/include/opencv4/opencv2/imgproc.hpp ]
-}
-
-apt_install() {
-  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends)
-  command -v apt-get >/dev/null || return 1
-  if [ "$(id -u)" != 0 ]; then
-    sudo -n true 2>/dev/null || return 1
-    apt=(sudo -n "${apt[@]}")
-  fi
-  say "installing the system packages $*"
-  "${apt[@]}" install "$@" >&2 || { "${apt[@]}" update >&2 && "${apt[@]}" install "$@" >&2; }
 }
 
 missing=()

@@ -6,18 +6,9 @@ cd "$(dirname "$0")/.."
 venv=${1:-.venv}
 extras=${EXTRAS:-dev}
 
-say() { printf 'setup: %s\n' "$*" >&2; }
+source scripts/apt.sh
 
-apt_install() { # install Debian packages if that is possible without asking; true when they are there afterwards
-  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends)
-  command -v apt-get >/dev/null || return 1
-  if [ "$(id -u)" != 0 ]; then
-    sudo -n true 2>/dev/null || return 1
-    apt=(sudo -n "${apt[@]}")
-  fi
-  say "installing the system packages $*"
-  "${apt[@]}" install "$@" >&2 || { "${apt[@]}" update >&2 && "${apt[@]}" install "$@" >&2; }
-}
+say() { printf 'setup: %s\n' "$*" >&2; }
 
 supported() { "$1" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 

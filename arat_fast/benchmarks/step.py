@@ -172,7 +172,7 @@ def _synchronise(device: torch.device) -> None:
 def _check_agreement(
     options: StepOptions, device: torch.device, variants: dict[str, Iteration], images: Tensor, labels: Tensor
 ) -> None:
-    """Each variant's loss terms on given adversarial images within 1e-4 of eager's, 3e-2 where bf16 is used."""
+    """Each variant's loss terms on given adversarial images within 1e-4 of eager's, 3e-2 in bf16."""
     x_adv = (
         images + 8 / 255 * torch.sin(2.17 * torch.arange(images.numel(), device=device)).view_as(images)
     ).clamp(0, 1)
