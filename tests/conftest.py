@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
 from arat_fast.config import TrainConfig, load_recipe
 from arat_fast.loaders.images import ImageSet
@@ -18,6 +19,11 @@ from arat_fast.loaders.sources import load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+
+# Inductor's cache does not know whether Triton interprets: a graph cached without it passes the wrong gate to the
+# interpreted split-BN backward, whose gradient is then zero.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    torch._inductor.config.force_disable_caches = True
 
 # Two OpenMP threads that spin at each other's barriers on a busy machine run these small networks 30 times
 # slower than one does; processes that tests start inherit the setting.
