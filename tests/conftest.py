@@ -20,8 +20,8 @@ from arat_fast.loaders.sources import load
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-# Inductor's cache does not know whether Triton interprets: a graph cached without it passes the wrong gate to the
-# interpreted split-BN backward, whose gradient is then zero.
+# Inductor's cache does not know whether Triton interprets: a graph cached without it passes the wrong gate to
+# the interpreted split-BN backward, whose gradient is then zero.
 if os.environ.get("TRITON_INTERPRET") == "1":
     torch._inductor.config.force_disable_caches = True
 

@@ -94,7 +94,7 @@ class Trainer:
         left = len(train) % config.batch_size
         if 1 < left < config.batch_size // 4 and config.method != "standard":
             # An iteration's 11 updates of momentum 0.1 make 69 % of the statistics the last batch's.
-            # Two images in it cost 11 points of PGD-20 accuracy on the digits (1,154 training images, not 1,152).
+            # Two images in it (1,154 digits, not 1,152) cost 11 points of PGD-20 accuracy.
             log.warning(
                 "the last batch of an epoch has only %d images, and the adv branch's statistics follow it: "
                 "choose another --batch-size or number of images",
