@@ -8,17 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from image_files import SHARED
 
 from arat_fast.config import TrainConfig, load_recipe
 from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.sources import load
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
 
 # Inductor's cache does not know whether Triton interprets: a graph cached without it passes the wrong gate to
 # the interpreted split-BN backward, whose gradient is then zero.
@@ -39,18 +36,6 @@ def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"the real CIFAR-10 is not at {script.parent}")
     root = tmp_path_factory.mktemp("cifar10")
     subprocess.run([sys.executable, str(script), str(root)], check=True, capture_output=True)
-    return root
-
-
-def write_cifar10_binary(root: Path, train: int = 10_000, seed: int = 0) -> Path:
-    """Random images in the official binary layout: six files, `train` records in each of the five."""
-    folder = root / "cifar-10-batches-bin"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        records = rng.integers(0, 256, (10_000 if name == "test_batch" else train, 3073), dtype=np.uint8)
-        records[:, 0] %= 10
-        records.tofile(folder / f"{name}.bin")
     return root
 
 

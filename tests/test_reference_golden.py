@@ -73,7 +73,7 @@ def computed() -> tuple[reference.ARAT, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def close(value: float | Tensor, expected: float, scale: float | None = None) -> bool:
-    return abs(float(torch.as_tensor(value).detach()) - expected) <= TOLERANCE * (
+    return abs(float(torch.as_tensor(value, dtype=torch.float64).detach()) - expected) <= TOLERANCE * (
         abs(expected) if scale is None else scale
     )
 

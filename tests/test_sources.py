@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_cifar10_binary
+from image_files import write_cifar10_binary
 
 from arat_fast.errors import UserError
 from arat_fast.loaders import cifar

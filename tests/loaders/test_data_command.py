@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from image_files import SHARED
 from small_data import needs_ffcv, photo_folder, random_images, raw_beton
 
 from arat_fast import cli

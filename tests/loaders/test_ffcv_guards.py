@@ -84,6 +84,8 @@ def test_control_c_ends_the_process(beton: Path, workers: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A background job of a shell inherits "ignore SIGINT"; the process under test must not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from image_files import SHARED
 from PIL import Image
 from small_data import CPU, jpeg, needs_ffcv, photo_folder, smooth_photo
 
