@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -225,7 +224,9 @@ def _peak_of(variant: str, options: StepOptions) -> int:
         iterate(images, labels)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's ru_maxrss: it survives exec, so a child starts with its parent's peak.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def measure(options: StepOptions) -> dict[str, Any]:
