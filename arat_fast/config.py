@@ -51,12 +51,22 @@ class AttackConfig:
     """Gradient steps."""
     norm: Literal["Linf", "L2"] = "Linf"
     """Norm of the ball."""
-    random_start: bool = True
-    """Start at a random point of the ball."""
-    bn: Literal["batch", "running"] = "batch"
-    """BatchNorm while attacking: the batch's statistics (the paper; updates the adv branch's running ones),
-    or those.
+    warmup_epochs: Optional = 0
+    """Epochs over which eps and alpha grow linearly to their values; 0: none."""
+    loss: Literal["auto", "ce", "kl", "margin"] = "auto"
+    """What the attack maximises: cross entropy, KL from the clean prediction, or the best wrong logit less
+    the true one; auto: the method's published choice, which the run records.
     """
+    start: Literal["auto", "uniform", "normal", "none"] = "auto"
+    """Start: uniform in the ball (L2: a normal direction of uniform length), 0.001 normal noise, or the clean
+    image; auto: the method's.
+    """
+    bn: Literal["auto", "batch", "running"] = "auto"
+    """BatchNorm while attacking: the batch's statistics (updates the branch's running ones), or the running
+    statistics; auto: the method's.
+    """
+    branch: Literal["adv", "clean"] = "adv"
+    """BatchNorm branch that is attacked, where the method has two."""
     aliased_start: bool = False
     """As the authors' released code: the random start is added to the clean batch itself. Off is the paper's
     text.
@@ -85,6 +95,86 @@ class ARATConfig:
     """Softmax temperature of the kl distance."""
     layers: tuple[str, ...] = ()
     """BatchNorm layers to tap; empty: the paper's choice for the model."""
+
+
+@dataclass(frozen=True)
+class TRADESConfig:
+    """TRADES (Zhang et al. 2019)."""
+
+    __pydantic_config__ = _STRICT
+
+    beta: Annotated[float, Ge(0)] = 6.0
+    """Weight of KL(p(x) || p(x'))."""
+    duplicate_forward: bool = False
+    """Forward the clean images a second time, as the published code does: the same loss, and one more update
+    of the running statistics.
+    """
+
+
+@dataclass(frozen=True)
+class MARTConfig:
+    """MART (Wang et al. 2020)."""
+
+    __pydantic_config__ = _STRICT
+
+    beta: Annotated[float, Ge(0)] = 5.0
+    """Weight of the regulariser: 5 for ResNet-18, 6 for WRN-34-10."""
+
+
+@dataclass(frozen=True)
+class MAILConfig:
+    """MAIL (Liu et al. 2021): weights 3·sigmoid(slope·(margin + bias)) of the images' losses."""
+
+    __pydantic_config__ = _STRICT
+
+    slope: Annotated[float, Gt(0)] = 10.0
+    """Slope of the sigmoid: 10 for MAIL-AT, 2 for MAIL-TRADES."""
+    bias: float = -0.5
+    """Shift of the margin: -0.5 for MAIL-AT, 0 for MAIL-TRADES."""
+    beta: Annotated[float, Ge(0)] = 5.0
+    """Weight of the KL or MART term of MAIL-TRADES and MAIL-MART."""
+    start_epoch: Count = 75
+    """First epoch (from 1) with weights."""
+    warm_up: Literal["unweighted", "at"] = "unweighted"
+    """Until then: the method with all weights 1, or plain adversarial training."""
+
+
+@dataclass(frozen=True)
+class LBGATConfig:
+    """LBGAT (Cui et al. 2021)."""
+
+    __pydantic_config__ = _STRICT
+
+    beta: Annotated[float, Ge(0)] = 0.0
+    """Weight of the TRADES term: 0 on CIFAR-10."""
+    teacher: str = "resnet18"
+    """Network of the teacher that is trained along on clean images."""
+
+
+@dataclass(frozen=True)
+class ARRESTConfig:
+    """Distillation in the manner of ARREST (Suzuki et al. 2023), whose authors released no code: this form is
+    ours.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    weight: Annotated[float, Ge(0)] = 10.0
+    """Weight of 1 - cos(features of x', the teacher's features of x)."""
+    teacher: str | None = None
+    """Run directory of a standard-trained network: the frozen teacher, and the start of the student."""
+
+
+@dataclass(frozen=True)
+class EMRConfig:
+    """Effective margin regularisation (Liu and Chan 2022), around any method that has adversarial images."""
+
+    __pydantic_config__ = _STRICT
+
+    coefficient: Annotated[float, Ge(0)] = 0.0
+    """Weight per image, the authors' lambda over 128 (0.0234 for 3); falls with the learning rate; 0: off."""
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """Softmax temperature of the class weights."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +217,18 @@ class TrainConfig:
 
     __pydantic_config__ = _STRICT
 
-    method: Literal["arat", "standard"] = "arat"
+    method: Literal[
+        "arat",
+        "standard",
+        "at",
+        "trades",
+        "mart",
+        "mail-at",
+        "mail-trades",
+        "mail-mart",
+        "lbgat",
+        "arrest",
+    ] = "arat"
     """Training method."""
     model: str = "resnet18"
     """Network: resnet8, resnet18, wrn-34-10."""
@@ -165,25 +266,63 @@ class TrainConfig:
     """Where to train; auto: a GPU where there is one."""
     threads: Optional = 0
     """CPU threads; 0: torch's choice. Small networks run best on one, above all on a busy machine."""
-    engine: Literal["reference", "fast"] = "reference"
-    """What runs an iteration: the plain eager reference, or the fused, compiled fast path."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the fast engine's convolutions; auto: bf16 where there are matrix units for it, else fp32."""
-    compile: bool = False
-    """Compile the fast engine's passes (minutes at the first start on a CPU)."""
+    engine: Literal["fast", "reference"] = "fast"
+    """What runs an iteration: the fused, compiled fast path, or the plain eager reference (arat, standard)."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Of the fast engine's convolutions; auto: bf16 where there are matrix units for it, fp16 with a loss
+    scaler on older GPUs, else fp32.
+    """
+    compile: bool = True
+    """Compile the fast engine's passes where that pays: on a GPU, or a CPU with bf16 matrix units."""
+    capture: bool = True
+    """On a GPU, replay the fast engine's iteration as one CUDA graph."""
     loader: Literal["auto", "ffcv", "resident", "torchvision"] = "auto"
     """Where batches come from; auto: resident where the data set fits the device, else ffcv, torchvision."""
     workers: Optional = 0
     """Worker processes of the loader, threads of ffcv's; resident needs none."""
     image_size: Optional = 0
     """Side of photos' random crops in pixels; 0: 160 for imagenette, 224 for folder."""
+    analysis_every: Optional = 0
+    """Measure gradient conflict every N iterations, into analysis.jsonl; 0: never."""
     arat: ARATConfig = field(default_factory=ARATConfig)
+    trades: TRADESConfig = field(default_factory=TRADESConfig)
+    mart: MARTConfig = field(default_factory=MARTConfig)
+    mail: MAILConfig = field(default_factory=MAILConfig)
+    lbgat: LBGATConfig = field(default_factory=LBGATConfig)
+    arrest: ARRESTConfig = field(default_factory=ARRESTConfig)
+    emr: EMRConfig = field(default_factory=EMRConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 _ADAPTER = TypeAdapter(TrainConfig)
+
+# What the methods' authors attack with: (loss, start, BatchNorm). Named in the run's config.json.
+_KL_ATTACK = ("kl", "normal", "running")
+PUBLISHED_ATTACKS: dict[str, tuple[str, str, str]] = {
+    "trades": _KL_ATTACK,
+    "lbgat": _KL_ATTACK,
+    "mail-trades": _KL_ATTACK,
+    "mart": ("ce", "normal", "running"),
+    "mail-mart": ("ce", "normal", "running"),
+}
+
+
+def resolved_attack(attack: AttackConfig, method: str) -> AttackConfig:
+    """The attack with its "auto" choices replaced by what the method's authors attack with."""
+    published = PUBLISHED_ATTACKS.get(method, ("ce", "uniform", "batch"))
+    chosen: dict[str, Any] = {
+        name: value
+        for name, value in zip(("loss", "start", "bn"), published, strict=True)
+        if getattr(attack, name) == "auto"
+    }
+    return dataclasses.replace(attack, **chosen)
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with its attack resolved for its method: what a run records."""
+    return dataclasses.replace(config, attack=resolved_attack(config.attack, config.method))
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from arat_fast.config import TrainConfig, load_recipe, recipe_names, save_json, to_mapping, validated
+from arat_fast.config import (
+    TrainConfig,
+    load_recipe,
+    recipe_names,
+    resolved,
+    save_json,
+    to_mapping,
+    validated,
+)
 from arat_fast.errors import UserError
 from arat_fast.pixels import format_pixels, parse_pixels
 
@@ -40,7 +48,8 @@ def test_defaults_are_the_papers() -> None:
     assert (config.epochs, config.batch_size, config.momentum, config.weight_decay) == (100, 128, 0.9, 5e-4)
     assert config.validation == config.limit_train == 0
     assert not config.attack.aliased_start
-    assert config.attack.bn == "batch"
+    attack = resolved(config).attack
+    assert (attack.loss, attack.start, attack.bn) == ("ce", "uniform", "batch")
 
 
 @pytest.mark.parametrize("text", ["8/255", "0.0314", "128/255", "0.12", "0", "0.5/255", "1e-3"])

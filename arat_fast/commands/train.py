@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from arat_fast.commands.table import accuracy_table
-from arat_fast.config import TrainConfig, load_recipe, recipe_names, to_mapping, validated
+from arat_fast.config import TrainConfig, load_recipe, recipe_names, resolved, to_mapping, validated
 from arat_fast.errors import UserError
 from arat_fast.evaluation.record import write_json
 from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
@@ -112,7 +112,7 @@ def _train_one(config: TrainConfig, run_dir: Path, train: ImageSource, options: 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = _parse(arguments)
-    config = options.settings
+    config = resolved(options.settings)
     _check_names(config)
     if options.dry_run:
         import yaml

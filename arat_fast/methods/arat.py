@@ -41,6 +41,7 @@ def distance(prediction: Tensor, target: Tensor, kind: str, temperature: float) 
 class ARAT(Method):
     """The loss with the paper's ablations as switches; dims: feature width of each tapped layer, in order."""
 
+    name = "arat"
     plan = ("clean", "adv")
 
     def __init__(self, config: ARATConfig, dims: Mapping[str, int]) -> None:

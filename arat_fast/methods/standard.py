@@ -11,6 +11,7 @@ from arat_fast.methods.base import Method, Outputs
 class Standard(Method):
     """No attack; what adversarially trained networks are compared with."""
 
+    name = "standard"
     plan = ("clean",)
     attacks = False
 

@@ -103,7 +103,7 @@ class ReferenceEngine:
             alpha=attack.alpha,
             steps=attack.steps,
             norm=attack.norm,
-            random=attack.random_start,
+            random=attack.start != "none",
             batch_statistics=attack.bn == "batch",
             aliased_start=attack.aliased_start,
             generator=generator,

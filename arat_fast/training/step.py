@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_fast.config import AttackConfig
+from arat_fast.config import AttackConfig, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.kernels.pgd import pgd_step_
 from arat_fast.kernels.random_start import random_start
@@ -60,7 +60,8 @@ class TrainStep:
     ) -> None:
         parameter = next(model.parameters())
         self.device, self.exact = parameter.device, parameter.dtype is torch.float64
-        self.model, self.method, self.optimizer, self.settings = model, method, optimizer, attack
+        self.model, self.method, self.optimizer = model, method, optimizer
+        self.settings = resolved_attack(attack, method.name)
         self.padding, self.flip, self.seed = padding, flip, seed
         _check_branches(model, method)
         self.precision = resolve_precision(precision, self.device)
@@ -137,7 +138,7 @@ class TrainStep:
         """
         settings = self.settings
         low = torch.empty_like(images, dtype=self.dtype) if self.dtype != images.dtype else None
-        if settings.random_start:
+        if settings.start != "none":
             x_adv = random_start(
                 images,
                 settings.eps,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arat_fast import reference
-from arat_fast.config import TrainConfig, to_mapping
+from arat_fast.config import TrainConfig, resolved, to_mapping
 from arat_fast.environment import environment
 from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
@@ -55,7 +55,7 @@ class Trainer:
         resume: bool = False,
         tensorboard: bool = False,
     ) -> None:
-        self.config = config
+        self.config = config = resolved(config)
         self.device = pick_device(config.device)
         self.train_images, self.validation_images = self._split(config, train)
         self.engine = build_engine(config, train.image_shape[2], train.num_classes, self.device)

@@ -66,7 +66,7 @@ def images(n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 
 def step_of(ours: nn.Module, fast: methods.Method, **options: Any) -> TrainStep:
     defaults: dict[str, Any] = {
-        "attack": AttackConfig(steps=3, random_start=False),
+        "attack": AttackConfig(steps=3, start="none"),
         "precision": "fp32",
         "compiled": False,
     }
@@ -123,7 +123,7 @@ def test_attack_equals_the_references_in_float64(norm: str, bn: str) -> None:
         method.network(x)
     ours.load_state_dict(from_authors(method.network.state_dict()))
     settings = {"eps": 128 / 255, "alpha": 32 / 255} if norm == "L2" else {"eps": 8 / 255, "alpha": 2 / 255}
-    attack = AttackConfig(steps=4, random_start=False, norm=norm, bn=bn, **settings)  # type: ignore[arg-type]
+    attack = AttackConfig(steps=4, start="none", norm=norm, bn=bn, **settings)  # type: ignore[arg-type]
     step = step_of(ours, fast, attack=attack)
     _, x_adv = step.attack(x.contiguous(memory_format=torch.channels_last), labels)
     expected = reference.pgd(
