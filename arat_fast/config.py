@@ -267,7 +267,7 @@ class TrainConfig:
     threads: Optional = 0
     """CPU threads; 0: torch's choice. Small networks run best on one, above all on a busy machine."""
     engine: Literal["fast", "reference"] = "fast"
-    """What runs an iteration: the fused, compiled fast path, or the plain eager reference (arat, standard)."""
+    """What runs an iteration: the fused, compiled fast path, or the plain reference (arat, standard)."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Of the fast engine's convolutions; auto: bf16 where there are matrix units for it, fp16 with a loss
     scaler on older GPUs, else fp32.

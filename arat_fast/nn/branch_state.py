@@ -31,7 +31,7 @@ class _Update(NamedTuple):
     branch: int | None
     mean: Tensor
     var: Tensor
-    rows: int
+    rows: int  # of each part
 
 
 class BranchState:
@@ -41,6 +41,7 @@ class BranchState:
         branches: their names, in the order of the parameters' first dimension.
         branch: one of them, or "both": the batch is the branches' equal parts in order.
         index: the branch's place, None for "both".
+        parts: into how many equal parts the batch falls, each normalised by batch statistics of its own.
         statistics: "batch", "running", or "auto": batch statistics where `module.training`, as
         `nn.BatchNorm2d`. update: whether batch statistics flow into the running ones.
     """
@@ -54,12 +55,15 @@ class BranchState:
         self._pending: list[_Update] | None = None
         self.branch = self.branches[-1]  # ARAT's inference branch, adv
         self.index: int | None = len(self.branches) - 1
+        self.parts = 1
 
-    def choose(self, branch: str) -> None:
-        """Set the branch. Raises ValueError for an unknown one."""
+    def choose(self, branch: str, parts: int = 1) -> None:
+        """Set branch and parts. Raises ValueError for an unknown branch, or parts of "both"."""
         if branch != BOTH and branch not in self.branches:
             raise ValueError(f"branch is {branch!r}; expected one of {(*self.branches, BOTH)}")
-        self.branch = branch
+        if parts < 1 or (branch == BOTH and parts != 1):
+            raise ValueError(f"parts is {parts} of branch {branch!r}; expected 1 or more, 1 for {BOTH!r}")
+        self.branch, self.parts = branch, parts
         self.index = None if branch == BOTH else self.branches.index(branch)
 
     def set_mode(self, statistics: Statistics, update: bool) -> None:
@@ -114,17 +118,26 @@ def _update_running_statistics(updates: Sequence[_Update]) -> None:
         by_momentum.setdefault(update.layer.momentum, []).append(update)
     for momentum, group in by_momentum.items():
         counters = [_part(u.layer.num_batches_tracked, u.branch) for u in group]
-        torch._foreach_add_(counters, 1)
         running = [_part(u.layer.running_mean, u.branch) for u in group]
         running += [_part(u.layer.running_var, u.branch) for u in group]
         batch = [u.mean for u in group]
         batch += torch._foreach_mul([u.var for u in group], [u.rows / (u.rows - 1) for u in group])
-        if momentum is not None:
-            torch._foreach_lerp_(running, batch, momentum)
-        else:  # cumulative average; a device tensor, so that nothing is read back
+        for rows in _each_part(batch, running):
+            torch._foreach_add_(counters, 1)
+            if momentum is not None:
+                torch._foreach_lerp_(running, rows, momentum)
+                continue
+            # Cumulative average; a device tensor, so that nothing is read back.
             weights = [(1.0 / counter).to(running[0].dtype)[:, None] for counter in counters] * 2
-            for old, new, weight in zip(running, batch, weights, strict=True):
+            for old, new, weight in zip(running, rows, weights, strict=True):
                 old.lerp_(new, weight.expand_as(new))
+
+
+def _each_part(batch: list[Tensor], running: list[Tensor]) -> list[list[Tensor]]:
+    """The statistics of one update after the other: a branch's parts update its one row in turn."""
+    if batch[0].shape[0] == running[0].shape[0]:
+        return [batch]
+    return [[value[k : k + 1] for value in batch] for k in range(batch[0].shape[0])]
 
 
 def _states(hooks: Mapping[int, Any]) -> list[object]:

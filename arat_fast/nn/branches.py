@@ -70,18 +70,21 @@ def _state(model: nn.Module) -> BranchState:
     return shared_state(model) or bind_branches(model)
 
 
-def use_branch(model: nn.Module, branch: str) -> _Chosen:
+def use_branch(model: nn.Module, branch: str, parts: int = 1) -> _Chosen:
     """Choose the branch of every split BN: a name, or "both": the batch is the branches' equal parts.
 
         use_branch(model, "both")               # from here on
         with use_branch(model, "adv"): ...      # and back to what it was
 
+    parts: the batch is that many equal parts for this one branch, each with batch statistics of its own, as
+    if they came one after the other.
+
     Raises ValueError for an unknown branch or a model without split BN.
     """
     state = _state(model)
-    before = state.branch
-    state.choose(branch)
-    return _Chosen(lambda: state.choose(before))
+    before = (state.branch, state.parts)
+    state.choose(branch, parts)
+    return _Chosen(lambda: state.choose(*before))
 
 
 def bn_mode(model: nn.Module, statistics: Statistics, update: bool = True) -> _Chosen:

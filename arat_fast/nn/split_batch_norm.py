@@ -101,6 +101,8 @@ class SplitBatchNorm2d(nn.Module):
                 relu=relu,
                 eps=self.eps,
             )[0]
+        if state.parts > 1:
+            weight, bias = (t.expand(state.parts, -1).contiguous() for t in (weight, bias))
         y, mean, var = split_batch_norm(x, weight, bias, residual=residual, relu=relu, eps=self.eps)
         if automatic or state.update:
             state.record(self, index, mean, var, x.numel() // weight.numel())

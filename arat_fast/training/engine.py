@@ -19,7 +19,8 @@ from arat_fast.loaders.stream import Batch, counter_seed
 from arat_fast.models import create_model
 from arat_fast.nn import bn_mode, from_authors, single_branch, to_authors, use_branch
 from arat_fast.training.build import build_method, build_network, build_optimizer
-from arat_fast.training.precision import resolve_precision
+from arat_fast.training.finite import FiniteGuard
+from arat_fast.training.precision import has_bf16_matrix_units, resolve_precision, set_float32_products
 from arat_fast.training.step import TrainStep
 
 State = dict[str, Tensor]
@@ -31,6 +32,11 @@ class Engine(Protocol):
     network: nn.Module
     optimizer: torch.optim.SGD
 
+    @property
+    def guard(self) -> FiniteGuard | None:
+        """What watches for non-finite losses, once there has been an iteration."""
+        ...
+
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters: the network's, then the predictors'."""
         ...
@@ -40,7 +46,13 @@ class Engine(Protocol):
         ...
 
     def iterate(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
-        """One training iteration; 0-d metrics on the device. `step` numbers iterations over the whole run."""
+        """One guarded training iteration; 0-d metrics on the device, valid until the next. `step` numbers
+        iterations over the whole run.
+        """
+        ...
+
+    def start_epoch(self, epoch: int, rate_factor: float) -> None:
+        """Set what depends on the epoch: attack warm-up, the method's phases."""
         ...
 
     def set_balance(self, batches: Iterable[Batch], epoch: int) -> float | None:
@@ -67,10 +79,24 @@ def augmented(config: TrainConfig, batch: Batch, epoch: int) -> Tensor:
         batch.indices,
         seed=config.seed,
         epoch=epoch,
-        padding=0 if config.dataset in PHOTOS else config.padding,  # their loader has cropped photos
+        padding=_padding(config),
         flip=config.flip,
         resident=batch.resident,
     )
+
+
+def loss_terms(metrics: dict[str, Tensor]) -> list[str]:
+    """Names of the loss's terms among an iteration's metrics."""
+    return [name for name in metrics if name != "loss" and not name.startswith("accuracy")]
+
+
+def warm_up_factor(config: TrainConfig, epoch: int) -> float:
+    """The share of eps and alpha in `epoch` (from 1): it grows linearly over the warm-up epochs."""
+    return min(1.0, epoch / config.attack.warmup_epochs) if config.attack.warmup_epochs else 1.0
+
+
+def _padding(config: TrainConfig) -> int:
+    return 0 if config.dataset in PHOTOS else config.padding  # their loader has cropped photos
 
 
 class ReferenceEngine:
@@ -81,6 +107,8 @@ class ReferenceEngine:
         self.method = build_method(config, build_network(config, channels, num_classes)).to(device)
         self.network = self.method.network
         self.optimizer = build_optimizer(config, self.parameters())
+        self.guard: FiniteGuard | None = None
+        self._radius = 1.0
 
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters."""
@@ -92,6 +120,19 @@ class ReferenceEngine:
 
     def iterate(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         """One training iteration."""
+        if self.guard is None:
+            momenta = [s["momentum_buffer"] for s in self.optimizer.state.values()]
+            self.guard = FiniteGuard([p.detach() for p in self.parameters()], [*self.buffers(), *momenta])
+        self.guard.before()
+        metrics = self._train_step(batch, epoch, step)
+        self.guard.after([metrics[name] for name in loss_terms(metrics)], step)
+        return metrics
+
+    def start_epoch(self, epoch: int, rate_factor: float) -> None:
+        """Set the attack's warm-up."""
+        self._radius = warm_up_factor(self.config, epoch)
+
+    def _train_step(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         attack = self.config.attack
         generator = torch.Generator(self.device).manual_seed(counter_seed(self.config.seed, step))
         return reference.train_step(
@@ -99,8 +140,8 @@ class ReferenceEngine:
             self.optimizer,
             augmented(self.config, batch, epoch).contiguous(),
             batch.labels,
-            eps=attack.eps,
-            alpha=attack.alpha,
+            eps=attack.eps * self._radius,
+            alpha=attack.alpha * self._radius,
             steps=attack.steps,
             norm=attack.norm,
             random=attack.start != "none",
@@ -149,17 +190,31 @@ class FastEngine:
         self.method.to(device)
         self.load_state(start.state())  # the same start as the reference's, seed for seed
         self.optimizer = build_optimizer(config, self.parameters(), fused=True)
+        precision = resolve_precision(config.precision, device)
+        set_float32_products(precision)
         self.step = TrainStep(
             self.network,
             self.method,
             self.optimizer,
             attack=config.attack,
-            precision=resolve_precision(config.precision, device),
-            compiled=config.compile,
-            padding=config.padding,
+            precision=precision,
+            compiled=config.compile and (device.type == "cuda" or has_bf16_matrix_units(device)),
+            capture=config.capture,
+            padding=_padding(config),
             flip=config.flip,
             seed=config.seed,
+            guard=True,
         )
+
+    @property
+    def guard(self) -> FiniteGuard | None:
+        """The step's."""
+        return self.step.guard
+
+    def start_epoch(self, epoch: int, rate_factor: float) -> None:
+        """Set the attack's warm-up and the method's phases."""
+        self.step.attack.set_radius(warm_up_factor(self.config, epoch))
+        self.method.on_epoch_start(epoch, rate_factor)
 
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters."""
@@ -171,8 +226,8 @@ class FastEngine:
 
     def iterate(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         """One training iteration."""
-        self.step.step.fill_(step)
-        return self.step(augmented(self.config, batch, epoch), batch.labels)
+        self.step.seek(epoch, step)
+        return self.step(batch.images, batch.labels, batch.indices, resident=batch.resident)
 
     @torch.no_grad()
     def set_balance(self, batches: Iterable[Batch], epoch: int) -> float | None:

@@ -43,7 +43,7 @@ class FiniteGuard:
         self.step.copy_(torch.where(first, step, self.step))
         undo = self.step.ge(0)
         for tensor, copy in zip(self.guarded, self.copies, strict=True):
-            tensor.copy_(torch.where(undo, copy, tensor))
+            torch.where(undo, copy, tensor, out=tensor)
 
     def failure(self, names: Sequence[str]) -> tuple[int, str] | None:
         """(step, what) of the first failure, or None: a loss term's name, or "weights". Synchronises with the

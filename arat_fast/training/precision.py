@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from arat_fast.nn import SplitBatchNorm2d
 
-Precision = Literal["auto", "fp32", "bf16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def has_bf16_matrix_units(device: torch.device) -> bool:
@@ -22,10 +27,22 @@ def has_bf16_matrix_units(device: torch.device) -> bool:
 
 
 def resolve_precision(name: Precision, device: torch.device) -> Precision:
-    """What "auto" stands for on the device: bf16 where there are matrix units for it, else fp32."""
+    """What "auto" stands for on the device: bf16 where there are matrix units for it, fp16 on older GPUs,
+    else fp32.
+    """
     if name != "auto":
         return name
-    return "bf16" if has_bf16_matrix_units(device) else "fp32"
+    if has_bf16_matrix_units(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def set_float32_products(name: Precision) -> None:
+    """Let this process's float32 products run as TF32 ("tf32") or in full ("fp32"); others change nothing."""
+    if name in ("fp32", "tf32"):
+        kind = "tf32" if name == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = kind
+        torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]
 
 
 class LowPrecisionTwin:

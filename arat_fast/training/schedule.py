@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from arat_fast.config import TrainConfig
+
+
+def rate_factor(config: TrainConfig, epoch: int) -> float:
+    """By how much the drops have lowered the learning rate of `epoch` (from 1): 1, 0.1, 0.01…"""
+    return 0.1 ** sum(epoch >= drop for drop in config.drops)
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """Learning rate of `epoch` (from 1).
 
     With the defaults, as the ARAT authors' schedule really ran (their scheduler lags one epoch): 0.02 in
-    epoch 1,
-    0.1 to epoch 76, 0.01 to epoch 91, 0.001 to epoch 100.
+    epoch 1, 0.1 to epoch 76, 0.01 to epoch 91, 0.001 to epoch 100.
     """
     if epoch == 1 and config.first_epoch_learning_rate is not None:
         return config.first_epoch_learning_rate
-    return config.learning_rate * 0.1 ** sum(epoch >= drop for drop in config.drops)
+    return config.learning_rate * rate_factor(config, epoch)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every group's rate: in place where it is a tensor, which a captured graph reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

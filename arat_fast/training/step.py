@@ -2,27 +2,29 @@
 step.
 
 The same mathematics as `arat_fast.reference.train_step`, as one object that any loop can call. What makes it
-fast: channels-last activations through the fused split BatchNorm, both branches in one batch, an attack that
-computes input gradients only, weights cast once an iteration, and compiled passes: one attack step called K
-times, one training pass.
+fast: channels-last activations through the fused split BatchNorm, both kinds of images in one batch, an
+attack that computes input gradients only, weights cast once an iteration, compiled passes (one attack step
+called K times, one training pass), and on a GPU all of it replayed as one CUDA graph.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.config import AttackConfig, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
-from arat_fast.kernels.pgd import pgd_step_
-from arat_fast.kernels.random_start import random_start
 from arat_fast.methods.base import Method, Outputs
-from arat_fast.nn import FoldedModel, bn_mode, use_branch
+from arat_fast.nn import bind_branches, bn_mode, use_branch
+from arat_fast.training.attack_pass import AttackPass
+from arat_fast.training.capture import CannotCapture, CapturedIteration, CudaGraph, Graph, make_capturable
 from arat_fast.training.finite import FiniteGuard
 from arat_fast.training.precision import DTYPES, LowPrecisionTwin, Precision, resolve_precision
+
+log = logging.getLogger(__name__)
 
 
 class TrainStep:
@@ -31,15 +33,21 @@ class TrainStep:
     Args:
         model: a network of `arat_fast.models`, or any whose BatchNorms are `SplitBatchNorm2d`; channels-last.
         method: the objective. Its branches must be the model's.
-        optimizer: over the parameters of model and method; its state may be restored at any time.
-        attack: radius, steps and BatchNorm mode of the attack.
-        precision: of convolutions and classifier; "auto" picks bf16 where there are matrix units for it.
+        optimizer: over the parameters of model and method; its state may be restored before the first call.
+        attack: radius, steps, loss, start and BatchNorm mode of the attack.
+        precision: of convolutions and classifier; "auto" picks bf16 where there are matrix units for it. fp32
+            and tf32 compute in float32; which of the two is torch's own setting.
         compiled: use torch.compile on batches of the first batch's size; other sizes run eagerly.
+        capture: on a GPU, replay batches of the first batch's size as one CUDA graph; where that cannot be, a
+            warning says why. Learning rates then become device tensors: change them by `fill_`.
         padding, flip: augmentation of uint8 batches.
         seed: of crops and attack starts.
+        guard: undo, on the device, the first iteration whose loss or weights are not finite and all later
+            ones (`FiniteGuard`).
 
-    Images are uint8 (N, H, W, C) with `indices`, which are augmented, or float (N, C, H, W) in [0, 1], taken
-    as they are. Metrics are 0-d device tensors; nothing waits for the device.
+    Images are uint8 (N, H, W, C) with `indices`, which are augmented (with `resident` the whole data set, of
+    which `indices` are gathered), or float (N, C, H, W) in [0, 1], taken as they are. Metrics are 0-d device
+    tensors, valid until the next call; nothing waits for the device.
 
     Raises ValueError when the method needs branches or taps that the model lacks, before anything has
     changed.
@@ -54,138 +62,167 @@ class TrainStep:
         attack: AttackConfig,
         precision: Precision = "auto",
         compiled: bool = True,
+        capture: bool = True,
         padding: int = 4,
         flip: bool = True,
         seed: int = 0,
+        guard: bool = False,
     ) -> None:
         parameter = next(model.parameters())
         self.device, self.exact = parameter.device, parameter.dtype is torch.float64
         self.model, self.method, self.optimizer = model, method, optimizer
         self.settings = resolved_attack(attack, method.name)
-        self.padding, self.flip, self.seed = padding, flip, seed
+        self.padding, self.flip = padding, flip
         _check_branches(model, method)
         self.precision = resolve_precision(precision, self.device)
         self.dtype = parameter.dtype if self.exact else DTYPES[self.precision]
         self.twin = LowPrecisionTwin(model, self.dtype)
-        self.folded: FoldedModel | None = None
-        self.attacked = self.twin
-        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.epoch = torch.ones((), dtype=torch.int64, device=self.device)
-        self.guard: FiniteGuard | None = None
-        self._compiled_for: torch.Size | None = None
-        self._compile = compiled
-        self._gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = self._attack_gradient
-        self._forward: Callable[[Tensor, Tensor | None, Tensor], tuple[dict[str, Tensor], Outputs]] = (
-            self._training_forward
+        # Counters on the device, so that a replayed graph counts on; their values on the host beside them.
+        self.step, self.epoch, self.seed = (
+            torch.tensor(value, dtype=torch.int64, device=self.device) for value in (0, 1, seed)
         )
+        self._at = (1, 0)
+        self.attack = AttackPass(
+            model, self.twin, self.settings, dtype=self.dtype, seed=self.seed, offset=self.step
+        )
+        self.scaler = (
+            torch.amp.GradScaler(self.device.type) if self.dtype is torch.float16 else None  # type: ignore[attr-defined]
+        )
+        self.guard: FiniteGuard | None = None
+        self._guarded = guard
+        self._compile, self._capture = compiled, capture and self.device.type == "cuda"
+        self._make_graph: Callable[[], Graph] = CudaGraph
+        self.captured: CapturedIteration | None = None
+        self._compiled_for: torch.Size | None = None
+        self._forward = self._training_forward
 
     def __call__(
-        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, *, x_adv: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor | None = None,
+        *,
+        resident: bool = False,
+        x_adv: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One iteration. `x_adv`, when given, takes the place of the attack's images."""
-        images = self._prepared(images, indices)
-        self._check_batch(images, labels)
+        self._check_batch(images, labels, indices, resident)
+        if self._guarded and self.guard is None:
+            self._start_guard()
         if self._compile and self._compiled_for is None:
-            self._compile_for(images)
+            self._compile_for(images, labels)
+        self._at = (self._at[0], self._at[1] + 1)
+        if x_adv is not None:
+            return self._iterate(images, labels, indices, resident, x_adv)
+        inputs = (images, labels, indices)
+        if self._capture and self.captured is None:
+            self._try_capture(inputs, resident)
+        if self.captured is not None and self.captured.fits(inputs):
+            return self.captured(inputs)
+        return self._iterate(images, labels, indices, resident)
+
+    def seek(self, epoch: int, step: int) -> None:
+        """Set the counters that crops and attack starts are drawn from; does nothing where they are there."""
+        if self._at[0] != epoch:
+            self.epoch.fill_(epoch)
+        if self._at[1] != step:
+            self.step.fill_(step)
+        self._at = (epoch, step)
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that an iteration changes."""
+        modules = (self.model, self.method)
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        tensors += [self.step]
+        if self.guard is not None:
+            tensors += [self.guard.step, self.guard.term]
+        if self.scaler is not None:
+            tensors += [t for t in (self.scaler._scale, self.scaler._growth_tracker) if t is not None]
+        for values in self.optimizer.state.values():
+            tensors += [v for v in values.values() if isinstance(v, Tensor)]
+        return tensors
+
+    def _check_batch(self, images: Tensor, labels: Tensor, indices: Tensor | None, resident: bool) -> None:
+        if images.dtype == torch.uint8:
+            if indices is None:
+                raise ValueError("uint8 images need indices: their crops and flips are hashed from them")
+        elif images.dtype != (wanted := torch.float64 if self.exact else torch.float32):
+            raise ValueError(f"images are {images.dtype}; expected uint8 with indices, or {wanted}")
+        if images.device != self.device or labels.device != self.device:
+            raise ValueError(
+                f"images are on {images.device} and labels on {labels.device}; expected {self.device}"
+            )
+        count = len(indices) if resident and indices is not None else len(images)
+        if labels.shape != (count,) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected int64 ({count},)"
+            )
+
+    def _start_guard(self) -> None:
+        modules = (self.model, self.method)
+        weights = [p.detach() for m in modules for p in m.parameters()]
+        others = [b for m in modules for b in m.buffers()]
+        for values in self.optimizer.state.values():
+            others += [v for v in values.values() if isinstance(v, Tensor)]
+        self.guard = FiniteGuard(weights, others)
+
+    def _compile_for(self, images: Tensor, labels: Tensor) -> None:
+        self.attack.compile()
+        self._forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
+        self._compiled_for = labels.shape
+
+    def _try_capture(self, inputs: tuple[Tensor, Tensor, Tensor | None], resident: bool) -> None:
+        """Record this batch's iteration; on failure warn and run uncaptured from here on."""
+        self._capture = False  # one try
+        if self.scaler is not None:
+            self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
+        try:
+            make_capturable(self.optimizer, self.device)
+            self.captured = CapturedIteration(
+                lambda images, labels, indices: self._iterate(images, labels, indices, resident),
+                inputs,
+                (resident, False, False),
+                self.state,
+                self._make_graph(),
+            )
+        except CannotCapture as reason:
+            log.warning("training without a CUDA graph: %s", reason)
+        except RuntimeError as error:
+            first = str(error).split("\n")[0]
+            log.warning("training without a CUDA graph: capture failed: %s", first)
+
+    def _iterate(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor | None,
+        resident: bool,
+        x_adv: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        compiled = self._compiled_for == labels.shape
+        if indices is not None:
+            images = random_crop_flip(
+                images,
+                indices,
+                seed=self.seed,
+                epoch=self.epoch,
+                padding=self.padding,
+                flip=self.flip,
+                resident=resident,
+            )
+        else:
+            images = images.contiguous(memory_format=torch.channels_last)
         if self.guard is not None:
             self.guard.before()
         self.twin.refresh()
         if self.method.attacks and x_adv is None:
-            images, x_adv = self.attack(images, labels)
-        metrics = self._train(images, x_adv if self.method.attacks else None, labels)
+            images, x_adv = self.attack(images, labels, compiled)
+        metrics = self._train(images, x_adv if self.method.attacks else None, labels, compiled)
         if self.guard is not None:
             names = [n for n in metrics if n != "loss" and not n.startswith("accuracy")]
             self.guard.after([metrics[n] for n in names], self.step)
         self.step.add_(1)
         return metrics
-
-    def _prepared(self, images: Tensor, indices: Tensor | None) -> Tensor:
-        if images.dtype == torch.uint8:
-            if indices is None:
-                raise ValueError("uint8 images need indices: their crops and flips are hashed from them")
-            return random_crop_flip(
-                images, indices, seed=self.seed, epoch=self.epoch, padding=self.padding, flip=self.flip
-            )
-        wanted = torch.float64 if self.exact else torch.float32
-        if images.dtype != wanted:
-            raise ValueError(f"images are {images.dtype}; expected uint8 with indices, or {wanted}")
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def _check_batch(self, images: Tensor, labels: Tensor) -> None:
-        if images.device != self.device or labels.device != self.device:
-            raise ValueError(
-                f"images are on {images.device} and labels on {labels.device}; expected {self.device}"
-            )
-        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected int64 ({len(images)},)"
-            )
-
-    def _compile_for(self, images: Tensor) -> None:
-        self._gradient = torch.compile(self._attack_gradient, fullgraph=True, dynamic=False)
-        self._forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
-        self._compiled_for = images.shape
-
-    def _runs_compiled(self, images: Tensor) -> bool:
-        return self._compiled_for == images.shape
-
-    def attack(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(centre, x_adv): adversarial images of the configured attack, and the images that its ball is
-        round.
-
-        The centre is `images`, but for `aliased_start`, where the authors' code adds the start to the batch
-        itself.
-        """
-        settings = self.settings
-        low = torch.empty_like(images, dtype=self.dtype) if self.dtype != images.dtype else None
-        if settings.start != "none":
-            x_adv = random_start(
-                images,
-                settings.eps,
-                seed=self.seed,
-                offset=self.step,
-                kind="uniform" if settings.norm == "Linf" else "l2",
-                clamp=not settings.aliased_start,
-                low_precision_out=low,
-            )
-            if settings.aliased_start:
-                images = x_adv.clone()
-        else:
-            x_adv = images.clone()
-            if low is not None:
-                low.copy_(images)
-        running = settings.bn == "running"
-        if running:
-            self._refresh_folded(images)
-        # A leaf that requires grad, made outside: inside a compiled graph `requires_grad_()` fails on torch
-        # 2.11.
-        leaf = torch.zeros_like(images, dtype=self.dtype).requires_grad_()
-        gradient = self._gradient if self._runs_compiled(images) else self._attack_gradient
-        modes = (use_branch(self.model, "adv"), bn_mode(self.model, settings.bn, update=True))
-        with modes[0], modes[1], torch._dynamo.config.patch(trace_autograd_ops=True):
-            for _ in range(settings.steps):
-                g = gradient(x_adv if low is None else low, labels, leaf)
-                pgd_step_(
-                    x_adv, images, g, settings.eps, settings.alpha, norm=settings.norm, low_precision_out=low
-                )
-        return images, x_adv
-
-    def _refresh_folded(self, images: Tensor) -> None:
-        """Fold the adv branch's running statistics into the convolutions, once an iteration."""
-        if self.folded is None:
-            self.folded = FoldedModel(self.model, "adv", images[:2])
-            self.attacked = LowPrecisionTwin(self.folded.module, self.dtype)
-        self.folded.refresh()
-        self.attacked.refresh()
-
-    def _attack_gradient(self, x: Tensor, labels: Tensor, leaf: Tensor) -> Tensor:
-        """Gradient of the summed cross entropy with respect to x: no weight gradient is ever computed."""
-        with torch.enable_grad():
-            at = x.detach() + leaf
-            logits = self.attacked.module(at)
-            loss = F.cross_entropy(self._wide(logits), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, at)
-        return gradient
 
     def _wide(self, logits: Tensor) -> Tensor:
         return logits if self.exact else logits.float()
@@ -200,38 +237,53 @@ class TrainStep:
             part = images if name == "clean" else x_adv
             assert part is not None
             chosen.append(part.to(self.dtype))
-        if len(method.branches) == len(chosen):
-            logits, taps = self._pass(torch.cat(chosen) if len(chosen) > 1 else chosen[0])
-            each = list(zip(logits.chunk(len(chosen)), _chunks(taps, len(chosen)), strict=True))
-        else:
-            # One BatchNorm for both kinds of images: each batch has statistics of its own, so two passes.
-            each = [self._pass(batch) for batch in chosen]
-        outputs = Outputs()
-        for name, (logits, taps) in zip(method.plan, each, strict=True):
+        taps = dict.fromkeys(method.taps, images)
+        batch = torch.cat(chosen) if len(chosen) > 1 else chosen[0]
+        logits = self._wide(self.twin.module(batch, taps) if taps else self.twin.module(batch))
+        outputs = Outputs(images=images, x_adv=x_adv, network=self._inference)
+        count = len(chosen)
+        for k, name in enumerate(method.plan):
+            features = {tap: value.chunk(count)[k] for tap, value in taps.items()}
             if name == "clean":
-                outputs.clean, outputs.taps_clean = logits, taps
+                outputs.clean, outputs.taps_clean = logits.chunk(count)[k], features
             else:
-                outputs.adv, outputs.taps_adv = logits, taps
-        return method.loss(outputs, labels), outputs
+                outputs.adv, outputs.taps_adv = logits.chunk(count)[k], features
+        terms = method.loss(outputs, labels)
+        outputs.network = None  # what leaves a compiled pass are tensors
+        return terms, outputs
 
-    def _pass(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        taps = dict.fromkeys(self.method.taps, batch)
-        logits = self.twin.module(batch, taps) if taps else self.twin.module(batch)
-        return self._wide(logits), taps
+    def _inference(self, x: Tensor) -> Tensor:
+        """Logits by running statistics of the inference branch; differentiable twice."""
+        branch = "adv" if "adv" in self.method.branches else self.method.branches[-1]
+        with use_branch(self.model, branch), bn_mode(self.model, "running"):
+            return self._wide(self.twin.module(x.to(self.dtype)))
 
-    def _train(self, images: Tensor, x_adv: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        method = self.method
+    def _train(
+        self, images: Tensor, x_adv: Tensor | None, labels: Tensor, compiled: bool
+    ) -> dict[str, Tensor]:
+        method, model = self.method, self.model
         method.train()
         split = len(method.branches) > 1
-        branch = "both" if split else method.branches[0]
-        forward = self._forward if self._runs_compiled(images) else self._training_forward
+        branch, parts = ("both", 1) if split else (method.branches[0], len(method.plan))
+        forward = self._forward if compiled else self._training_forward
         self.optimizer.zero_grad(set_to_none=True)
-        with use_branch(self.model, branch), bn_mode(self.model, "batch", update=True):
+        with (
+            use_branch(model, branch, parts),
+            bn_mode(model, "batch", update=True),
+            torch._dynamo.config.patch(trace_autograd_ops=True),
+        ):
             terms, outputs = forward(images, x_adv, labels)
             total = torch.stack(list(terms.values())).sum()
-            total.backward()
+            (total if self.scaler is None else self.scaler.scale(total)).backward()
+        if method.repeats_clean:
+            with torch.no_grad(), use_branch(model, method.branches[0]), bn_mode(model, "batch", update=True):
+                self.twin.module(images.to(self.dtype))
         self.twin.gather_gradients()
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         metrics = {"loss": total.detach()} | {name: term.detach() for name, term in terms.items()}
         for name in method.plan:
             logits = outputs.clean if name == "clean" else outputs.adv
@@ -240,14 +292,7 @@ class TrainStep:
         return metrics
 
 
-def _chunks(taps: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Each part's features of a concatenated batch's."""
-    return [{name: value.chunk(count)[k] for name, value in taps.items()} for k in range(count)]
-
-
 def _check_branches(model: nn.Module, method: Method) -> None:
-    from arat_fast.nn import bind_branches
-
     have = bind_branches(model).branches
     missing = [b for b in method.branches if b not in have]
     if missing or len(method.branches) != len(have):

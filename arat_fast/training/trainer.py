@@ -25,10 +25,9 @@ from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
 from arat_fast.training.build import pick_device
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.directory import LAST_GOOD, RunDirectory
-from arat_fast.training.engine import augmented, build_engine
-from arat_fast.training.finite import FiniteGuard
+from arat_fast.training.engine import augmented, build_engine, loss_terms
 from arat_fast.training.interrupt import StopSignals
-from arat_fast.training.schedule import learning_rate
+from arat_fast.training.schedule import learning_rate, rate_factor, set_learning_rate
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -65,7 +64,6 @@ class Trainer:
             self.averages["swa"] = WeightAverage(self.network)
         if config.averaging.ema_decay:
             self.averages["ema"] = WeightAverage(self.network, config.averaging.ema_decay)
-        self.guard = self._make_guard()
         self.stream = open_stream(
             config.loader,
             self.train_images,
@@ -106,11 +104,6 @@ class Trainer:
                 "image, which BatchNorm cannot normalise; change --batch-size or --limit-train"
             )
         return train, validation
-
-    def _make_guard(self) -> FiniteGuard:
-        momenta = [s["momentum_buffer"] for s in self.optimizer.state.values()]
-        weights = [p.detach() for p in self.engine.parameters()]
-        return FiniteGuard(weights, [*self.engine.buffers(), *momenta])
 
     def _open(self, resume: bool) -> None:
         if not (resume and self.directory.config_file.exists()):
@@ -159,7 +152,6 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError) as error:
             first = str(error).split("\n")[0]
             raise UserError(f"{self.directory.last} does not fit this run's network: {first}") from None
-        self.guard = self._make_guard()  # load_state_dict replaced the momentum buffers
         for name in (
             "epoch",
             "batch",
@@ -197,8 +189,8 @@ class Trainer:
 
     def _train_epoch(self, signals: StopSignals) -> None:
         rate = learning_rate(self.config, self.epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
+        self.engine.start_epoch(self.epoch, rate_factor(self.config, self.epoch))
         if self.batch == 0:
             self.balance = self._balance()
         bar = tqdm(
@@ -231,13 +223,13 @@ class Trainer:
 
     def _iterate(self, batch: Batch) -> None:
         step = self.epoch * len(self.stream) + self.batch
-        self.guard.before()
         metrics = self.engine.iterate(batch, self.epoch, step)
         # The terms, not their sum: the message names the one that failed first.
-        self._terms = [name for name in metrics if name != "loss" and not name.startswith("accuracy")]
-        self.guard.after([metrics[name] for name in self._terms], step)
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * len(batch.labels)
+        self._terms = loss_terms(metrics)
+        if not self.sums:
+            self.sums = {name: torch.zeros_like(value) for name, value in metrics.items()}
+        count = float(len(batch.labels))
+        torch._foreach_add_(list(self.sums.values()), torch._foreach_mul(list(metrics.values()), count))
         self.images_seen += len(batch.labels)
         averaging = self.config.averaging
         if swa_due(averaging.swa_start, averaging.swa_every, self.epoch, self.batch, len(self.stream)):
@@ -251,7 +243,8 @@ class Trainer:
             torch.cuda.synchronize()
 
     def _raise_if_not_finite(self) -> None:
-        failure = self.guard.failure(self._terms)
+        guard = self.engine.guard
+        failure = None if guard is None else guard.failure(self._terms)
         if failure is None:
             return
         step, what = failure

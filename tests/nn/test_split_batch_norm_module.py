@@ -163,3 +163,32 @@ def test_bfloat16_activations_with_fp32_parameters() -> None:
 def test_bad_input_is_named(change: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         change(SplitBatchNorm2d(8), images(4, 8, 3, 3))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("branches", [("adv",), ("clean", "adv")])
+def test_parts_equal_batches_one_after_the_other(branches: tuple[str, ...], momentum: float | None) -> None:
+    """One batch of two parts: the values, gradients and running statistics of two forwards in turn."""
+    whole = SplitBatchNorm2d(8, branches, momentum=momentum, dtype=torch.float64)
+    with torch.no_grad():
+        whole.weight.uniform_(0.5, 1.5)
+    apart = copy.deepcopy(whole)
+    x = [images(3, 8, 4, 5, seed=s, dtype=torch.float64) for s in (0, 1)]
+    with use_branch(whole, "adv", parts=2):
+        y = whole(torch.cat(x).contiguous(memory_format=torch.channels_last), relu=True)
+    use_branch(apart, "adv")
+    expected = torch.cat([apart(part, relu=True) for part in x])
+    torch.testing.assert_close(y, expected)
+    (y**2).sum().backward()
+    (expected**2).sum().backward()
+    torch.testing.assert_close(whole.weight.grad, apart.weight.grad)
+    torch.testing.assert_close(whole.bias.grad, apart.bias.grad)
+    for name in BUFFERS:
+        torch.testing.assert_close(getattr(whole, name), getattr(apart, name))
+    # Running statistics have no parts.
+    with use_branch(whole, "adv", parts=2), bn_mode(whole, "running"):
+        y = whole(x[0])
+    with bn_mode(apart, "running"):
+        torch.testing.assert_close(y, apart(x[0]))
+    with pytest.raises(ValueError, match="parts is 2 of branch 'both'"):
+        use_branch(whole, "both", parts=2)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import nn
 
-from arat_fast import reference
+from arat_fast import methods, reference
 from arat_fast.config import TrainConfig
 from arat_fast.errors import TrainingError
 from arat_fast.loaders.images import ImageSet
@@ -50,26 +52,31 @@ def test_guard_sees_weights_that_a_finite_loss_spoiled() -> None:
     assert weight.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("engine", ["fast", "reference"])
 @pytest.mark.parametrize("bad", ["ce_adv", "ce_clean", "invariance"])
 def test_run_stops_and_saves_the_last_good_weights(
     bad: str,
+    engine: Literal["fast", "reference"],
     tiny_config: TrainConfig,
     digits: tuple[ImageSet, ImageSet],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second step of epoch 2 gets a NaN in one term; the state before it must come back."""
-    original = reference.ARAT.loss
+    tiny_config = dataclasses.replace(tiny_config, engine=engine)
+    owner: Any = reference.ARAT if engine == "reference" else methods.ARAT
+    original = owner.loss
     calls = 0
     kept: dict[str, torch.Tensor] = {}
 
-    def spoiled(self: reference.ARAT, *arguments: torch.Tensor) -> object:
+    def spoiled(self: nn.Module, *arguments: object) -> object:
         nonlocal calls
         calls += 1
-        terms, logits = original(self, *arguments)
+        result = original(self, *arguments)
         if calls == 5:
+            terms = result[0] if engine == "reference" else result
             terms[bad] = terms[bad] * torch.nan
-        return terms, logits
+        return result
 
     original_iterate = Trainer._iterate
 
@@ -78,7 +85,7 @@ def test_run_stops_and_saves_the_last_good_weights(
             kept.update({k: v.clone() for k, v in trainer.engine.state().items()})
         original_iterate(trainer, batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference.ARAT, "loss", spoiled)
+    monkeypatch.setattr(owner, "loss", spoiled)
     monkeypatch.setattr(Trainer, "_iterate", iterate)
     trainer = Trainer(tiny_config, digits[0], tmp_path / "run")
     with pytest.raises(TrainingError, match=rf"{bad} is not finite at step 7 \(epoch 2, batch 2\)"):

@@ -219,13 +219,12 @@ def test_attack_graph_computes_no_weight_gradient() -> None:
 
     _, ours, fast = pair("resnet", ARATConfig(), torch.float32)
     step = step_of(ours, fast)
-    step._gradient = torch.compile(
-        step._attack_gradient, fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+    step.attack.compiled_gradient = torch.compile(
+        step.attack.gradient, fullgraph=True, backend=aot_autograd(fw_compiler=keep)
     )
     x, labels = images(6, torch.float32)
     x = x.contiguous(memory_format=torch.channels_last)
-    step._compiled_for = x.shape
-    _, x_adv = step.attack(x, labels)
+    _, x_adv = step.attack(x, labels, compiled=True)
     masks = [
         tuple(node.args[-1])
         for graph in graphs

@@ -1,0 +1,210 @@
+"""The captured iteration: the same weights as the uncaptured one, and a warm-up that leaves no trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arat_fast import methods
+from arat_fast.config import ARATConfig, AttackConfig
+from arat_fast.models.cifar import ResNet
+from arat_fast.nn import bind_branches
+from arat_fast.training.step import TrainStep
+
+
+class ReplayedByHand:
+    """A graph for machines without CUDA: a replay runs the recorded body again."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        yield
+
+    def record(self, body: Callable[[], None]) -> None:
+        self.body = body
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.body()
+
+
+class FailsToRecord(ReplayedByHand):
+    def record(self, body: Callable[[], None]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nlong explanation")
+
+
+def build(device: str, *, fused: bool = True, **options: Any) -> TrainStep:
+    torch.manual_seed(0)
+    model = ResNet((8, 16), (1, 1), num_classes=10)
+    bind_branches(model)
+    dims = {name: model.get_submodule(name).num_features for name in model.invariance_layers}
+    method = methods.ARAT(ARATConfig(), dims)  # type: ignore[arg-type]
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method.to(device)
+    parameters = [*model.parameters(), *method.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, fused=fused)
+    defaults = {"attack": AttackConfig(steps=2), "precision": "fp32", "compiled": False, "padding": 1}
+    return TrainStep(model, method, optimizer, **(defaults | options))
+
+
+def captured(step: TrainStep, graph: type[ReplayedByHand] = ReplayedByHand) -> TrainStep:
+    step._capture, step._make_graph = True, graph
+    return step
+
+
+def snapshot(step: TrainStep) -> list[Tensor]:
+    return [t.clone() for t in step.state()]
+
+
+def dataset(device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (22, 12, 12, 3), dtype=torch.uint8, generator=generator)
+    return images.to(device), (torch.arange(22) % 10).to(device)
+
+
+def train(step: TrainStep, device: str, resident: bool) -> list[dict[str, float]]:
+    """Two epochs of two whole batches and a partial one, with a drop of the learning rate between."""
+    images, labels = dataset(device)
+    seen = []
+    for epoch in (1, 2):
+        for group in step.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(0.1 / epoch)
+            else:
+                group["lr"] = 0.1 / epoch
+        for k, rows in enumerate((torch.arange(8), torch.arange(8, 16), torch.arange(16, 22))):
+            rows = rows.to(device)
+            step.seek(epoch, epoch * 3 + k)
+            batch = images if resident else images[rows]
+            metrics = step(batch, labels[rows], rows, resident=resident)
+            seen.append({name: float(value) for name, value in metrics.items()})
+    return seen
+
+
+def assert_same_training(device: str, resident: bool, one: TrainStep, other: TrainStep) -> None:
+    # The learning rate is a double on the host and a float in the graph: 1e-7, not bit for bit.
+    for a, b in zip(train(one, device, resident), train(other, device, resident), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for a, b in zip(snapshot(one), snapshot(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("guard", [False, True])
+def test_replays_train_as_plain_iterations_do(resident: bool, guard: bool) -> None:
+    plain, graph = build("cpu", guard=guard), captured(build("cpu", guard=guard))
+    assert_same_training("cpu", resident, plain, graph)
+    assert graph.captured is not None
+    assert isinstance(graph.captured.graph, ReplayedByHand)
+    assert graph.captured.graph.replays == 4  # the partial batches ran outside
+
+
+@pytest.mark.parametrize("graph", [ReplayedByHand, FailsToRecord])
+def test_warm_up_leaves_no_trace(
+    graph: type[ReplayedByHand], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights, statistics, counters and restored momentum as before; momentum that it made is zero."""
+    step = captured(build("cpu"), graph)
+    images, labels = dataset("cpu")
+    rows = torch.arange(8)
+    monkeypatch.setattr(ReplayedByHand, "replay", lambda self: None)
+    before = snapshot(step)
+    with caplog.at_level(logging.WARNING):
+        step._try_capture((images[rows], labels[rows], rows), resident=False)
+    after = snapshot(step)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False))
+    momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    assert momenta
+    assert not any(bool(m.any()) for m in momenta)
+    if graph is FailsToRecord:
+        assert step.captured is None
+        assert "capture failed: operation not permitted when stream is capturing" in caplog.text
+    momenta[0].fill_(3.0)
+    step._try_capture((images[rows], labels[rows], rows), resident=False)
+    assert bool((momenta[0] == 3).all())
+
+
+def test_an_optimizer_that_cannot_be_captured_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    plain, fallen = build("cpu", fused=False), captured(build("cpu", fused=False))
+    with caplog.at_level(logging.WARNING):
+        assert_same_training("cpu", False, plain, fallen)
+    assert caplog.text.count("training without a CUDA graph: SGD reads its learning rate on the host") == 1
+    assert fallen.captured is None
+
+
+def test_a_learning_rate_that_is_a_tensor_is_obeyed() -> None:
+    step = captured(build("cpu"))
+    images, labels = dataset("cpu")
+    rows = torch.arange(8)
+    step(images[rows], labels[rows], rows)
+    rate = step.optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, Tensor)
+    rate.fill_(0.0)
+    before = [p.clone() for p in step.model.parameters()]
+    step(images[rows], labels[rows], rows)
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+def test_wrong_batches_are_refused_and_other_sizes_run_outside() -> None:
+    step = captured(build("cpu"))
+    images, labels = dataset("cpu")
+    rows = torch.arange(8)
+    step(images[rows], labels[rows], rows)
+    before = snapshot(step)
+    with pytest.raises(ValueError, match=r"torch.int32 of shape \(8,\); expected int64 \(8,\)"):
+        step(images[rows], labels[rows].int(), rows)
+    with pytest.raises(ValueError, match=r"expected int64 \(8,\)"):
+        step(images, labels[:4], rows, resident=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(step), strict=True))
+    assert step.captured is not None
+    step(images[:6], labels[:6], rows[:6])
+    assert step.captured.graph.replays == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("resident", [False, True])
+def test_cuda_graph_trains_as_plain_iterations_do(precision: str, resident: bool, compiled: bool) -> None:
+    plain = build("cuda", capture=False, precision=precision)
+    graph = build("cuda", guard=True, precision=precision, compiled=compiled)
+    first, second = (train(step, "cuda", resident) for step in (plain, graph))
+    assert graph.captured is not None
+    # Signs of near-zero gradients may flip, and with them pixels: losses agree, weights nearly.
+    tolerance = 1e-3 if precision == "fp32" else 5e-2
+    for a, b in zip(first, second, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+    assert float(graph.step) == float(plain.step)
+
+
+@pytest.mark.gpu
+def test_cuda_warm_up_restores_and_a_replay_is_one_launch_without_synchronisation() -> None:
+    step = build("cuda", guard=True)
+    images, labels = dataset("cuda")
+    rows = torch.arange(8, device="cuda")
+    step._start_guard()
+    before = snapshot(step)
+    step._try_capture((images[rows], labels[rows], rows), resident=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(step), strict=False))
+    batch, of_batch = images[rows], labels[rows]
+    step(batch, of_batch, rows)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step(batch, of_batch, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    launches = {e.key: e.count for e in profile.key_averages() if e.key.startswith("cuda")}
+    assert launches.get("cudaGraphLaunch") == 1
+    assert launches.get("cudaLaunchKernel", 0) + launches.get("cuLaunchKernel", 0) == 0
+    assert launches.get("cudaMemcpyAsync", 0) <= 3  # images, labels and indices into their buffers
+    assert not {"cudaStreamSynchronize", "cudaDeviceSynchronize"} & launches.keys()
