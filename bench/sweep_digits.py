@@ -38,11 +38,11 @@ def measure(method: str, eps: float, gamma: float, seed: int) -> dict[str, objec
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, rest, Path(folder) / "run")
         trainer.run()
-        device = trainer.device
+        network, device = trainer.engine.plain_network(), trainer.device
         robust = pgd_correct(
-            trainer.network, held_out, eps=eps, alpha=eps / 4, steps=20, batch_size=VALIDATION, device=device
+            network, held_out, eps=eps, alpha=eps / 4, steps=20, batch_size=VALIDATION, device=device
         )
-        clean = clean_correct(trainer.network, held_out, batch_size=VALIDATION, device=device)
+        clean = clean_correct(network, held_out, batch_size=VALIDATION, device=device)
     return {
         "method": method,
         "eps": eps,
