@@ -4,6 +4,7 @@ from .branches import bind_branches, bn_mode, convert_split_bn, revert_split_bn,
 from .checkpoints import from_authors, from_timm, single_branch, to_authors, to_timm
 from .folding import FoldedModel
 from .split_batch_norm import SplitBatchNorm2d
+from .synchronised import synchronise_batch_norm
 
 __all__ = [
     "FoldedModel",
@@ -15,6 +16,7 @@ __all__ = [
     "from_timm",
     "revert_split_bn",
     "single_branch",
+    "synchronise_batch_norm",
     "to_authors",
     "to_timm",
     "use_branch",

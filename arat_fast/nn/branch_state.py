@@ -41,6 +41,7 @@ class BranchState:
         branches: their names, in the order of the parameters' first dimension.
         branch: one of them, or "both": the batch is the branches' equal parts in order.
         index: the branch's place, None for "both".
+        group: of the processes over which batch statistics are taken; None: this one alone.
         parts: into how many equal parts the batch falls, each normalised by batch statistics of its own.
         statistics: "batch", "running", or "auto": batch statistics where `module.training`, as
         `nn.BatchNorm2d`. update: whether batch statistics flow into the running ones.
@@ -56,6 +57,7 @@ class BranchState:
         self.branch = self.branches[-1]  # ARAT's inference branch, adv
         self.index: int | None = len(self.branches) - 1
         self.parts = 1
+        self.group: Any = None
 
     def choose(self, branch: str, parts: int = 1) -> None:
         """Set branch and parts. Raises ValueError for an unknown branch, or parts of "both"."""

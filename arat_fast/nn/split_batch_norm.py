@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels.split_batch_norm import split_batch_norm
 from .branch_state import BranchState
+from .synchronised import synchronised_batch_norm
 
 __all__ = ["SplitBatchNorm2d"]
 
@@ -103,9 +104,16 @@ class SplitBatchNorm2d(nn.Module):
             )[0]
         if state.parts > 1:
             weight, bias = (t.expand(state.parts, -1).contiguous() for t in (weight, bias))
-        y, mean, var = split_batch_norm(x, weight, bias, residual=residual, relu=relu, eps=self.eps)
+        rows = x.numel() // weight.numel()
+        if state.group is None:
+            y, mean, var = split_batch_norm(x, weight, bias, residual=residual, relu=relu, eps=self.eps)
+        else:
+            rows *= state.group.size()
+            y, mean, var = synchronised_batch_norm(
+                x, weight, bias, state.group, residual=residual, relu=relu, eps=self.eps
+            )
         if automatic or state.update:
-            state.record(self, index, mean, var, x.numel() // weight.numel())
+            state.record(self, index, mean, var, rows)
         return y
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from arat_fast.methods.base import Method, Outputs
 from arat_fast.nn import bind_branches, bn_mode, use_branch
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import CannotCapture, CapturedIteration, CudaGraph, Graph, make_capturable
+from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
 from arat_fast.training.finite import FiniteGuard
 from arat_fast.training.precision import DTYPES, LowPrecisionTwin, Precision, resolve_precision
 
@@ -42,6 +44,8 @@ class TrainStep:
             warning says why. Learning rates then become device tensors: change them by `fill_`.
         padding, flip: augmentation of uint8 batches.
         seed: of crops and attack starts.
+        world: the processes that share every batch: gradients are averaged over them, each draws attack
+            starts of its own, and nothing is captured.
         guard: undo, on the device, the first iteration whose loss or weights are not finite and all later
             ones (`FiniteGuard`).
 
@@ -66,6 +70,7 @@ class TrainStep:
         padding: int = 4,
         flip: bool = True,
         seed: int = 0,
+        world: World = ALONE,
         guard: bool = False,
     ) -> None:
         parameter = next(model.parameters())
@@ -81,20 +86,23 @@ class TrainStep:
         self.step, self.epoch, self.seed = (
             torch.tensor(value, dtype=torch.int64, device=self.device) for value in (0, 1, seed)
         )
+        start_seed = self.seed if world.rank == 0 else self.seed + (world.rank << 32)
         self._at = (1, 0)
         self.attack = AttackPass(
-            model, self.twin, self.settings, dtype=self.dtype, seed=self.seed, offset=self.step
+            model, self.twin, self.settings, dtype=self.dtype, seed=start_seed, offset=self.step
         )
         self.scaler = (
             torch.amp.GradScaler(self.device.type) if self.dtype is torch.float16 else None  # type: ignore[attr-defined]
         )
         self.guard: FiniteGuard | None = None
         self._guarded = guard
-        self._compile, self._capture = compiled, capture and self.device.type == "cuda"
+        self._compile = compiled
+        self._capture = capture and self.device.type == "cuda" and world.size == 1
         self._make_graph: Callable[[], Graph] = CudaGraph
         self.captured: CapturedIteration | None = None
         self._compiled_for: torch.Size | None = None
-        self._forward = self._training_forward
+        self._compiled_forward = self._training_forward
+        self._averaged = averaged_over_ranks(self.twin.module, method, world)
 
     def __call__(
         self,
@@ -168,7 +176,7 @@ class TrainStep:
 
     def _compile_for(self, images: Tensor, labels: Tensor) -> None:
         self.attack.compile()
-        self._forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
+        self._compiled_forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
         self._compiled_for = labels.shape
 
     def _try_capture(self, inputs: tuple[Tensor, Tensor, Tensor | None], resident: bool) -> None:
@@ -265,7 +273,9 @@ class TrainStep:
         method.train()
         split = len(method.branches) > 1
         branch, parts = ("both", 1) if split else (method.branches[0], len(method.plan))
-        forward = self._forward if compiled else self._training_forward
+        forward = self._compiled_forward if compiled else self._training_forward
+        if self._averaged is not None:
+            forward = partial(self._averaged, forward)
         self.optimizer.zero_grad(set_to_none=True)
         with (
             use_branch(model, branch, parts),
