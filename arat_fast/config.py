@@ -127,10 +127,10 @@ class MAILConfig:
 
     __pydantic_config__ = _STRICT
 
-    slope: Annotated[float, Gt(0)] = 10.0
-    """Slope of the sigmoid: 10 for MAIL-AT, 2 for MAIL-TRADES."""
-    bias: float = -0.5
-    """Shift of the margin: -0.5 for MAIL-AT, 0 for MAIL-TRADES."""
+    slope: Annotated[float, Gt(0)] | None = None
+    """Slope of the sigmoid; none: 10 for MAIL-AT, 2 for MAIL-TRADES, 1 for MAIL-MART, as the authors'."""
+    bias: float | None = None
+    """Shift of the margin; none: -0.5 for MAIL-AT, 0 for MAIL-TRADES, -1.5 for MAIL-MART."""
     beta: Annotated[float, Ge(0)] = 5.0
     """Weight of the KL or MART term of MAIL-TRADES and MAIL-MART."""
     start_epoch: Count = 75
@@ -149,6 +149,10 @@ class LBGATConfig:
     """Weight of the TRADES term: 0 on CIFAR-10."""
     teacher: str = "resnet18"
     """Network of the teacher that is trained along on clean images."""
+    clean_statistics: bool = True
+    """Without beta: let the clean images update the student's running statistics all the same, as in the
+    published code.
+    """
 
 
 @dataclass(frozen=True)
@@ -276,6 +280,8 @@ class TrainConfig:
     """Compile the fast engine's passes where that pays: on a GPU, or a CPU with bf16 matrix units."""
     capture: bool = True
     """On a GPU, replay the fast engine's iteration as one CUDA graph."""
+    sync_bn: bool = False
+    """With several processes: BatchNorm over the images of all of them; off: each normalises its own."""
     loader: Literal["auto", "ffcv", "resident", "torchvision"] = "auto"
     """Where batches come from; auto: resident where the data set fits the device, else ffcv, torchvision."""
     workers: Optional = 0
@@ -300,13 +306,17 @@ _ADAPTER = TypeAdapter(TrainConfig)
 
 # What the methods' authors attack with: (loss, start, BatchNorm). Named in the run's config.json.
 _KL_ATTACK = ("kl", "normal", "running")
+_MART_ATTACK = ("ce", "normal", "running")
 PUBLISHED_ATTACKS: dict[str, tuple[str, str, str]] = {
     "trades": _KL_ATTACK,
     "lbgat": _KL_ATTACK,
     "mail-trades": _KL_ATTACK,
-    "mart": ("ce", "normal", "running"),
-    "mail-mart": ("ce", "normal", "running"),
+    "mart": _MART_ATTACK,
+    "mail-at": _MART_ATTACK,
+    "mail-mart": _MART_ATTACK,
 }
+# (slope, bias): the MAIL authors' commands; for MART, where they print none, their program's defaults.
+PUBLISHED_MARGINS = {"mail-at": (10.0, -0.5), "mail-trades": (2.0, 0.0), "mail-mart": (1.0, -1.5)}
 
 
 def resolved_attack(attack: AttackConfig, method: str) -> AttackConfig:
@@ -320,9 +330,23 @@ def resolved_attack(attack: AttackConfig, method: str) -> AttackConfig:
     return dataclasses.replace(attack, **chosen)
 
 
+def published_mail(mail: MAILConfig, method: str) -> MAILConfig:
+    """The settings with the authors' slope and bias for the method where none are given."""
+    slope, bias = PUBLISHED_MARGINS.get(method, (None, None))
+    return dataclasses.replace(
+        mail,
+        slope=slope if mail.slope is None else mail.slope,
+        bias=bias if mail.bias is None else mail.bias,
+    )
+
+
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The configuration with its attack resolved for its method: what a run records."""
-    return dataclasses.replace(config, attack=resolved_attack(config.attack, config.method))
+    """The configuration with attack and margin resolved for its method: what a run records."""
+    return dataclasses.replace(
+        config,
+        attack=resolved_attack(config.attack, config.method),
+        mail=published_mail(config.mail, config.method),
+    )
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,7 +37,7 @@ class Method(nn.Module, ABC):
     or both; the first through the first BatchNorm branch of `branches` and so on, or all through the only
     branch, each part with statistics of its own. taps: BatchNorm layers whose features `loss` wants; "" is
     the classifier's input. repeats_clean: one more update of the running statistics by the clean images.
-    name: as in the configuration.
+    name: as in the configuration. compute: precision of a second network's convolutions.
     Whatever changes between iterations is a 0-d tensor, so that a captured graph obeys it.
     """
 
@@ -46,6 +47,7 @@ class Method(nn.Module, ABC):
     taps: tuple[str, ...] = ()
     attacks: bool = True
     repeats_clean: bool = False
+    compute: torch.dtype = torch.float32
 
     @abstractmethod
     def loss(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:

@@ -83,7 +83,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor, taps: Taps | None = None) -> Tensor:
         """Logits (N, num_classes) of channels-last images (N, in_channels, H, W) in [0, 1].
 
-        taps: its keys name BatchNorm layers, its values become their pooled features (N, C).
+        taps: its keys name BatchNorm layers, its values become their pooled features (N, C); "" is the
+        classifier's input.
         """
         x = self.bn1(self.conv1(x), relu=True)
         if taps is not None and "bn1" in taps:
@@ -91,7 +92,10 @@ class ResNet(nn.Module):
         for name in self.group_names:
             for b, block in enumerate(self.get_submodule(name).children()):
                 x = block(x, f"{name}.{b}", taps)
-        logits: Tensor = self.linear(pooled(x).to(self.linear.weight.dtype))
+        features = pooled(x)
+        if taps is not None and "" in taps:
+            taps[""] = features
+        logits: Tensor = self.linear(features.to(self.linear.weight.dtype))
         return logits
 
 
@@ -158,14 +162,16 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor, taps: Taps | None = None) -> Tensor:
         """Logits (N, num_classes) of channels-last images (N, in_channels, H, W) in [0, 1].
 
-        taps: its keys name BatchNorm layers, its values become their pooled features (N, C).
+        taps: its keys name BatchNorm layers, its values become their pooled features (N, C); "" is the
+        classifier's input.
         """
         x = self.conv1(x)
         for name in self.group_names:
             for b, block in enumerate(self.get_submodule(name).children()):
                 x = block(x, f"{name}.{b}", taps)
         features = pooled(self.bn1(x, relu=True))
-        if taps is not None and "bn1" in taps:
-            taps["bn1"] = features
+        for key in ("bn1", ""):
+            if taps is not None and key in taps:
+                taps[key] = features
         logits: Tensor = self.linear(features.to(self.linear.weight.dtype))
         return logits

@@ -1,0 +1,71 @@
+"""MAIL (Liu et al., NeurIPS 2021): images near the decision boundary weigh more in AT, TRADES or MART.
+
+    w_i = 3 sigmoid(slope * (p_k*(x'_i) - p_y(x'_i) + bias))     detached; k*: the most probable wrong class
+    MAIL-AT     mean(w CE(x'))
+    MAIL-TRADES CE(x) + beta * mean(w KL(p(x) ‖ p(x')))
+    MAIL-MART   mean(w BCE) + beta * mean(REG)                   BCE and REG as in MART
+
+Before `start_epoch` every w is 1, or, with warm_up "at", the loss is CE(x').
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arat_fast.config import MAILConfig, published_mail
+from arat_fast.methods.base import Method, Outputs
+from arat_fast.methods.divergence import kl_from_clean, true_and_wrong, wide
+from arat_fast.methods.mart import boosted_cross_entropy, weighted_divergence
+
+
+class MAIL(Method):
+    """`kind`: what is weighed. `phase` is 0 before the start epoch and 1 from it on."""
+
+    phase: Tensor
+
+    def __init__(self, kind: Literal["at", "trades", "mart"], config: MAILConfig) -> None:
+        super().__init__()
+        self.kind = kind
+        self.name = f"mail-{kind}"
+        self.config = published_mail(config, self.name)
+        self.plan = ("adv",) if kind == "at" else ("clean", "adv")
+        self.register_buffer("phase", torch.zeros(()), persistent=False)
+
+    def on_epoch_start(self, epoch: int, rate_factor: float) -> None:
+        """Let the weights apply from the start epoch on."""
+        self.phase.fill_(float(epoch >= self.config.start_epoch))
+
+    def weights(self, adv: Tensor, labels: Tensor) -> Tensor:
+        """w of adversarial logits (N, classes): (N,), all 1 before the start epoch."""
+        slope, bias = self.config.slope, self.config.bias
+        assert slope is not None
+        assert bias is not None
+        true, wrong = true_and_wrong(F.softmax(wide(adv.detach()), 1), labels)
+        return 1 + self.phase * (3 * torch.sigmoid(slope * (wrong - true + bias)) - 1)
+
+    def loss(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
+        """Terms ce_adv; ce_clean and kl; or bce and kl; with warm_up "at" ce_adv beside them."""
+        assert outputs.adv is not None
+        clean, adv, beta = outputs.clean, outputs.adv, self.config.beta
+        w = self.weights(adv, labels)
+        if self.kind == "at":
+            return {"ce_adv": (w * F.cross_entropy(wide(adv), labels, reduction="none")).mean()}
+        assert clean is not None
+        if self.kind == "trades":
+            terms = {
+                "ce_clean": F.cross_entropy(wide(clean), labels),
+                "kl": beta * (w * kl_from_clean(clean, adv)).mean(),
+            }
+        else:
+            terms = {
+                "bce": (w * boosted_cross_entropy(adv, labels)).mean(),
+                "kl": beta * weighted_divergence(clean, adv, labels).mean(),
+            }
+        if self.config.warm_up == "at":
+            terms = {name: self.phase * term for name, term in terms.items()}
+            terms["ce_adv"] = (1 - self.phase) * F.cross_entropy(wide(adv), labels)
+        return terms
