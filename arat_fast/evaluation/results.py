@@ -60,7 +60,8 @@ def _figure(correct: Tensor, **settings: object) -> dict[str, object]:
     }
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's digest in hexadecimal: what a record says about the checkpoint that it measured."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -88,7 +89,7 @@ def evaluate_run(
             f"{run} was trained on images of {shape} in {trained.checkpoint_state['num_classes']} classes; "
             f"{test.source} has {test.image_shape} in {test.num_classes}"
         )
-    digest = _sha256(trained.checkpoint)
+    digest = sha256_of(trained.checkpoint)
     data = test.first(options.limit)
     figures: dict[str, dict[str, object]] = {}
     for name in attacks:
