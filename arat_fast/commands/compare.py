@@ -1,0 +1,176 @@
+"""`arat-fast compare`: runs side by side, from what lies in their folders; nothing is measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+
+from arat_fast.analysis.run import description, short_names
+from arat_fast.commands.table import format_table, title
+from arat_fast.config import TrainConfig
+from arat_fast.errors import UserError
+from arat_fast.evaluation.accuracy import binomial_error
+from arat_fast.evaluation.results import PGD, sha256_of
+from arat_fast.pixels import format_pixels
+from arat_fast.training.directory import RunDirectory
+
+log = logging.getLogger(__name__)
+Figures = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Show runs side by side: accuracy with its 95 % binomial error, images/s, hours.
+
+    Accuracies are those of the end of training (results.json) and of evaluation records (`arat-fast evaluate
+    RUN --json RUN/NAME.json`) of the run's present checkpoint; "-" where none was measured.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the runs."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    markdown: bool = False
+    """Print a Markdown table."""
+
+
+def _summary_figures(directory: RunDirectory, config: TrainConfig) -> Figures:
+    """Figures of results.json, beside the run or above it where two were trained together."""
+    for place in (directory.path, directory.path.parent):
+        record = _read(place / "results.json")
+        # Of the folder above only what belongs to this run: it may hold several methods' figures.
+        if place != directory.path and not (place / "config.json").is_file():
+            return {}
+        if isinstance(record, dict) and isinstance(record.get(config.method), dict):
+            figures = dict(record[config.method])
+            count = int(figures.pop("n"))
+            return {
+                name: {"accuracy": value, "n": count, "error_95": binomial_error(value, count)}
+                for name, value in figures.items()
+            }
+    return {}
+
+
+def _read(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        log.warning("%s is not JSON and is left out", file)
+        return None
+
+
+def _record_figures(directory: RunDirectory) -> Figures:
+    """Figures of the evaluation records in the run's folder, those on more images first choice."""
+    figures: Figures = {}
+    digests = {path.name: sha256_of(path) for path in (directory.last, directory.best) if path.is_file()}
+    for file in sorted(directory.path.glob("*.json")):
+        record = _read(file)
+        if not (isinstance(record, dict) and "figures" in record and "checkpoint_sha256" in record):
+            continue
+        if record["checkpoint_sha256"] != digests.get(record["checkpoint"]):
+            log.warning("%s was measured on another checkpoint and is left out", file)
+            continue
+        for name, figure in record["figures"].items():
+            if name not in figures or figure["n"] > figures[name]["n"]:
+                figures[name] = figure
+    return figures
+
+
+def compared_run(directory: RunDirectory) -> dict[str, Any]:
+    """One run: what it trained, its figures, speed (median images/s of its epochs) and hours of training."""
+    config = directory.config()
+    lines = directory.metrics()
+    figures = _summary_figures(directory, config)
+    for name, figure in _record_figures(directory).items():
+        if name not in figures or figure["n"] >= figures[name]["n"]:
+            figures[name] = figure
+    return {
+        "run": str(directory.path),
+        "label": description(config),
+        "model": config.model,
+        "dataset": config.dataset,
+        "eps": format_pixels(config.evaluation.eps),
+        "norm": config.evaluation.norm,
+        "epoch": lines[-1]["epoch"] if lines else 0,
+        "epochs": config.epochs,
+        "figures": figures,
+        "images_per_second": median(line["images_per_second"] for line in lines) if lines else None,
+        "hours": sum(line["seconds"] for line in lines) / 3600 if lines else None,
+    }
+
+
+def _columns(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Clean, every PGD, AutoAttack, and whatever else was measured but the clean branch's accuracy."""
+    found = {name for run in runs for name in run["figures"]} - {"clean_branch"}
+    attacks = sorted(name for name in found if PGD.fullmatch(name)) or ["pgd20"]
+    rest = sorted(found - {"clean", "autoattack", *attacks})
+    return ["clean", *attacks, "autoattack", *rest]
+
+
+def _cells(run: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    cells = []
+    for name in columns:
+        figure = run["figures"].get(name)
+        cells.append(
+            "-" if figure is None else f"{100 * figure['accuracy']:.1f} ± {100 * figure['error_95']:.1f}"
+        )
+    speed, hours = run["images_per_second"], run["hours"]
+    cells.append("-" if speed is None else f"{speed:,.0f}")
+    # Two significant digits, so that a run of a minute is not 0.0.
+    cells.append("-" if hours is None else f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}")
+    return cells
+
+
+def _note(runs: Sequence[dict[str, Any]]) -> str:
+    counts = sorted({figure["n"] for run in runs for figure in run["figures"].values()})
+    parts = ["accuracies in %"]
+    if counts:
+        parts.append(f"n = {', '.join(f'{n:,}' for n in counts)} test images, ± the 95 % binomial error")
+    balls = sorted({f"{run['norm']} {run['eps']}" for run in runs})
+    parts.append(f"attacks within {', '.join(balls)}" + (" (not the same!)" if len(balls) > 1 else ""))
+    unfinished = [run for run in runs if run["epoch"] < run["epochs"]]
+    if unfinished:
+        parts.append(f"{len(unfinished)} not trained to the end")
+    return "; ".join(parts)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(header))) + "|"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = tyro.cli(CompareOptions, args=list(arguments), prog="arat-fast compare")
+    if not options.runs:
+        raise UserError("no run is named: arat-fast compare RUN…")
+    if options.json and options.markdown:
+        raise UserError("--json and --markdown are two forms of one table; give one of them")
+    runs = [compared_run(RunDirectory(path)) for path in options.runs]
+    if options.json:
+        print(json.dumps(runs, indent=2))
+        return 0
+    columns = _columns(runs)
+    header = ["run", "what", *(title(name) for name in columns), "images/s", "hours"]
+    names = short_names([run["run"] for run in runs])
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        what = f"{run['label']}; {run['model']}, {run['dataset']}"
+        if run["epoch"] < run["epochs"]:
+            what += f", epoch {run['epoch']}/{run['epochs']}"
+        rows.append([name, what, *_cells(run, columns)])
+    print(_markdown(header, rows) if options.markdown else format_table(header, rows))
+    print(("\n" if options.markdown else "") + _note(runs))
+    return 0
