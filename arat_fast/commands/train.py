@@ -23,6 +23,7 @@ from arat_fast.loaders.images import ImageSource
 from arat_fast.training.build import check_model, pick_device, use_threads
 from arat_fast.training.cost import iteration_cost
 from arat_fast.training.directory import RunDirectory
+from arat_fast.training.distributed import World, join_world, leave_world
 from arat_fast.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -100,8 +101,12 @@ def _check_names(config: TrainConfig) -> None:
     check_model(config.model)
 
 
-def _train_one(config: TrainConfig, run_dir: Path, train: ImageSource, options: TrainOptions) -> None:
-    trainer = Trainer(config, train, run_dir, resume=options.resume, tensorboard=options.tensorboard)
+def _train_one(
+    config: TrainConfig, run_dir: Path, train: ImageSource, options: TrainOptions, world: World
+) -> None:
+    trainer = Trainer(
+        config, train, run_dir, resume=options.resume, tensorboard=options.tensorboard, world=world
+    )
     log.info(
         "training %s with %s on %d images of %s, %s", config.model, config.method, len(trainer.train_images),
         config.dataset, trainer.device,
@@ -110,7 +115,7 @@ def _train_one(config: TrainConfig, run_dir: Path, train: ImageSource, options: 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command, in every process that torchrun started; returns the exit code."""
     options = _parse(arguments)
     config = resolved(options.settings)
     _check_names(config)
@@ -122,14 +127,27 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.resume and options.run_dir is None:
         raise UserError("--resume needs --run-dir: the folder of the run to continue")
+    world = join_world(config.device)
+    if not world.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    try:
+        return _train(options, config, world)
+    finally:
+        leave_world()
+
+
+def _train(options: TrainOptions, config: TrainConfig, world: World) -> int:
     use_threads(config.threads)
-    run_dir = options.run_dir or _default_run_dir(options.config)
+    run_dir = world.from_main(options.run_dir or _default_run_dir(options.config))
     train, test = sources.load(config.dataset, config.data_root, config.image_size)
     runs: dict[str, tuple[TrainConfig, Path]] = {config.method: (config, run_dir)}
     if options.with_standard and config.method != "standard":
         runs["standard"] = (dataclasses.replace(config, method="standard"), run_dir / "standard")
     for one, where in runs.values():
-        _train_one(one, where, train, options)
+        _train_one(one, where, train, options, world)
+    if not world.is_main:
+        return 0
+    leave_world()  # the evaluation is rank 0's alone, and may take hours
     if not options.evaluate:
         print(f"run: {run_dir}")
         return 0

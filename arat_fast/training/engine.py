@@ -17,8 +17,16 @@ from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.loaders.sources import PHOTOS
 from arat_fast.loaders.stream import Batch, counter_seed
 from arat_fast.models import create_model
-from arat_fast.nn import bn_mode, from_authors, single_branch, to_authors, use_branch
+from arat_fast.nn import (
+    bn_mode,
+    from_authors,
+    single_branch,
+    synchronise_batch_norm,
+    to_authors,
+    use_branch,
+)
 from arat_fast.training.build import build_method, build_network, build_optimizer
+from arat_fast.training.distributed import ALONE, World
 from arat_fast.training.finite import FiniteGuard
 from arat_fast.training.precision import has_bf16_matrix_units, resolve_precision, set_float32_products
 from arat_fast.training.step import TrainStep
@@ -176,7 +184,14 @@ class ReferenceEngine:
 class FastEngine:
     """`TrainStep`: fused split BatchNorm, channels-last, mixed precision, compiled."""
 
-    def __init__(self, config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        channels: int,
+        num_classes: int,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
         self.config, self.device = config, device
         start = ReferenceEngine(config, channels, num_classes, torch.device("cpu"))
         self._shape = (num_classes, channels)
@@ -190,6 +205,12 @@ class FastEngine:
         self.method.to(device)
         self.load_state(start.state())  # the same start as the reference's, seed for seed
         self.optimizer = build_optimizer(config, self.parameters(), fused=True)
+        self.world = world
+        synchronised = config.sync_bn and world.size > 1
+        if synchronised:
+            synchronise_batch_norm(self.network, world.group)
+            synchronise_batch_norm(self.method, world.group)
+        compiles = device.type == "cuda" or has_bf16_matrix_units(device)
         precision = resolve_precision(config.precision, device)
         set_float32_products(precision)
         self.step = TrainStep(
@@ -198,11 +219,12 @@ class FastEngine:
             self.optimizer,
             attack=config.attack,
             precision=precision,
-            compiled=config.compile and (device.type == "cuda" or has_bf16_matrix_units(device)),
+            compiled=config.compile and compiles and not synchronised,
             capture=config.capture,
             padding=_padding(config),
             flip=config.flip,
             seed=config.seed,
+            world=world,
             guard=True,
         )
 
@@ -243,7 +265,8 @@ class FastEngine:
                 images = augmented(self.config, batch, epoch).to(self.step.dtype)
                 correct += (self.step.twin.module(images).argmax(1) == batch.labels).sum()
                 total += len(batch.labels)
-        self.method.a.copy_(correct / total)
+        correct, images_seen = self.world.total(correct), total * self.world.size
+        self.method.a.copy_(correct / images_seen)
         return float(self.method.a)
 
     def state(self) -> State:
@@ -268,11 +291,18 @@ class FastEngine:
         return plain.to(self.device)
 
 
-def build_engine(config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> Engine:
-    """The configured engine. Raises UserError for an unknown layer to tap or a precision the device lacks."""
+def build_engine(
+    config: TrainConfig, channels: int, num_classes: int, device: torch.device, world: World = ALONE
+) -> Engine:
+    """The configured engine.
+
+    Raises UserError for an unknown layer to tap, or a reference engine that several processes should share.
+    """
     if config.engine == "reference":
+        if world.size > 1:
+            raise UserError("--engine reference runs in one process; use --engine fast with torchrun")
         return ReferenceEngine(config, channels, num_classes, device)
-    return FastEngine(config, channels, num_classes, device)
+    return FastEngine(config, channels, num_classes, device, world)
 
 
 def _split(config: TrainConfig) -> bool:

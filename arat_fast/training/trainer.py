@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,12 @@ from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
 from arat_fast.loaders.choose import open_stream
 from arat_fast.loaders.images import ImageSet, ImageSource
-from arat_fast.loaders.stream import Batch, counter_seed
+from arat_fast.loaders.stream import WHOLE, Batch, Shard, Stream, counter_seed
 from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
 from arat_fast.training.build import pick_device
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.directory import LAST_GOOD, RunDirectory
+from arat_fast.training.distributed import ALONE, World
 from arat_fast.training.engine import augmented, build_engine, loss_terms
 from arat_fast.training.interrupt import StopSignals
 from arat_fast.training.schedule import learning_rate, rate_factor, set_learning_rate
@@ -34,8 +36,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 BALANCE_BATCHES = 8  # the paper measures `a` on 1,024 images
+STOP_EVERY = 8  # batches between the looks at other processes' signals
 # A resumed run may differ in these; anything else would make it another run.
-FREE_KEYS = ("epochs", "data_root", "device", "loader", "workers", "threads", "evaluation")
+FREE_KEYS = (
+    "epochs",
+    "data_root",
+    "device",
+    "loader",
+    "workers",
+    "threads",
+    "compile",
+    "capture",
+    "evaluation",
+    "analysis_every",
+)
 
 
 class Trainer:
@@ -53,25 +67,21 @@ class Trainer:
         *,
         resume: bool = False,
         tensorboard: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.config = config = resolved(config)
+        self.world = world
         self.device = pick_device(config.device)
+        local_batch = world.local_batch(config.batch_size)
         self.train_images, self.validation_images = self._split(config, train)
-        self.engine = build_engine(config, train.image_shape[2], train.num_classes, self.device)
+        self.engine = build_engine(config, train.image_shape[2], train.num_classes, self.device, world)
         self.network, self.optimizer = self.engine.network, self.engine.optimizer
         self.averages: dict[str, WeightAverage] = {}
         if config.averaging.swa_start:
             self.averages["swa"] = WeightAverage(self.network)
         if config.averaging.ema_decay:
             self.averages["ema"] = WeightAverage(self.network, config.averaging.ema_decay)
-        self.stream = open_stream(
-            config.loader,
-            self.train_images,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=self.device,
-            workers=config.workers,
-        )
+        self.stream = self._open_stream(local_batch, world.shard)
         self.epoch, self.batch = 1, 0  # the next iteration's place: epoch from 1, batch from 0
         self.sums: dict[str, Tensor] = {}  # image-weighted metrics of the epoch so far
         self.images_seen, self.seconds = 0, 0.0
@@ -80,6 +90,7 @@ class Trainer:
         self.recalibrated: dict[str, dict[str, Tensor]] = {}
         self.directory = RunDirectory(run_dir)
         self._open(resume)
+        tensorboard = tensorboard and world.is_main
         self.writer = summary_writer(run_dir / "tensorboard", self.epoch) if tensorboard else None
 
     @staticmethod
@@ -105,16 +116,33 @@ class Trainer:
             )
         return train, validation
 
+    def _open_stream(self, batch_size: int, shard: Shard) -> Stream:
+        config = self.config
+        return open_stream(
+            config.loader,
+            self.train_images,
+            batch_size=batch_size,
+            seed=config.seed,
+            device=self.device,
+            workers=config.workers,
+            shard=shard,
+        )
+
     def _open(self, resume: bool) -> None:
-        if not (resume and self.directory.config_file.exists()):
-            self.directory.create(self.config, environment(self.device))
+        """Make the directory or take it over; with several processes, rank 0 does and the others follow."""
+        continues = self.world.from_main(resume and self.directory.config_file.exists())
+        if self.world.is_main and not continues:
+            self.directory.create(self.config, environment(self.device) | {"world_size": self.world.size})
+        if not continues:
             return
-        self.directory.lock()
+        if self.world.is_main:
+            self.directory.lock()
         _check_same_run(self.directory.config(), self.config, self.directory.path)
         if self.directory.last.exists():
             self.load_state_dict(load_checkpoint(self.directory.last, self.device))
             log.info("resuming %s at epoch %d, batch %d", self.directory.path, self.epoch, self.batch)
-        self.directory.forget_metrics_after(self.epoch - 1)
+        if self.world.is_main:
+            self.directory.forget_metrics_after(self.epoch - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
@@ -165,8 +193,10 @@ class Trainer:
             setattr(self, name, state[name])
 
     def save(self) -> None:
-        """Write last.pt, atomically."""
-        save_checkpoint(self.directory.last, self.state_dict())
+        """Write last.pt, atomically; rank 0's statistics are everybody's then."""
+        if self.world.is_main:
+            save_checkpoint(self.directory.last, self.state_dict())
+        self.world.barrier()
 
     def run(self) -> None:
         """Train to the last epoch, then let go of the directory. Returns at once when the run is complete.
@@ -199,7 +229,7 @@ class Trainer:
             desc=f"epoch {self.epoch}/{self.config.epochs}",
             unit="batch",
             leave=False,
-            disable=None,
+            disable=None if self.world.is_main else True,
         )
         with bar:
             batches = self.stream.epoch(self.epoch, self.batch)
@@ -207,15 +237,21 @@ class Trainer:
             for batch in batches:
                 self._iterate(batch)
                 bar.update()
-                if signals.received is not None and self.batch < len(self.stream):
+                if self._must_stop(signals) and self.batch < len(self.stream):
                     self.seconds += time.perf_counter() - started
-                    self._stop(signals.received)
+                    self._stop(signals.received or signal.SIGTERM)
         self._synchronise()
         self.seconds += time.perf_counter() - started
         self._raise_if_not_finite()
         self._end_epoch(rate, self.balance)
-        if signals.received is not None:
-            self._stop(signals.received)
+        if self.world.any(signals.received is not None):
+            self._stop(signals.received or signal.SIGTERM)
+
+    def _must_stop(self, signals: StopSignals) -> bool:
+        """Whether a signal came, to any process: all of them stop after the same batch."""
+        if self.world.size > 1 and self.batch % STOP_EVERY:
+            return False
+        return self.world.any(signals.received is not None)
 
     def _balance(self) -> float | None:
         first = itertools.islice(self.stream.epoch(self.epoch), BALANCE_BATCHES)
@@ -252,7 +288,9 @@ class Trainer:
         # Last good weights; the counters say where a resumed run would meet the same batch again.
         self.epoch, self.batch, self.sums, self.images_seen = epoch, batch, {}, 0
         path = self.directory.path / LAST_GOOD
-        save_checkpoint(path, self.state_dict())
+        if self.world.is_main:
+            save_checkpoint(path, self.state_dict())
+        self.world.barrier()
         raise TrainingError(
             f"{what} is not finite at step {step} (epoch {epoch}, batch {batch + 1}); the weights before it "
             f"are in {path}. Lower --learning-rate, or check the data"
@@ -270,14 +308,17 @@ class Trainer:
 
     def _end_epoch(self, rate: float, balance: float | None) -> None:
         line: dict[str, Any] = {"epoch": self.epoch}
-        line |= {name: float(total) / self.images_seen for name, total in self.sums.items()}
-        line |= {"learning_rate": rate, "images_per_second": self.images_seen / max(self.seconds, 1e-9)}
+        totals = self.world.total(torch.stack([total.double() for total in self.sums.values()]))
+        images = self.images_seen * self.world.size
+        line |= {name: float(t) / images for name, t in zip(self.sums, totals, strict=True)}
+        line |= {"learning_rate": rate, "images_per_second": images / max(self.seconds, 1e-9)}
         line["seconds"] = self.seconds
         if balance is not None:
             line["balance"] = balance
         if self.validation_images is not None:
-            line |= self._validate(self.validation_images)
-        self.directory.append_metrics(line)
+            line |= self.world.from_main(self._validate(self.validation_images) if self.world.is_main else {})
+        if self.world.is_main:
+            self.directory.append_metrics(line)
         log.info("%s", describe(line, self.config.epochs))
         if self.writer is not None:
             for name, value in line.items():
@@ -287,7 +328,8 @@ class Trainer:
         self.sums, self.images_seen, self.seconds = {}, 0, 0.0
         if line.get("validation_pgd", -1.0) > self.best_accuracy:
             self.best_accuracy = line["validation_pgd"]
-            save_checkpoint(self.directory.best, self.state_dict())
+            if self.world.is_main:
+                save_checkpoint(self.directory.best, self.state_dict())
         self.save()
 
     def _validate(self, images: ImageSet) -> dict[str, float]:
@@ -313,14 +355,16 @@ class Trainer:
         """Measure the average's statistics: an epoch of adversarial examples through the adv branch."""
         log.info("recalibrating BatchNorm statistics of the %s weights", name)
         network = self.engine.plain_network(self.averages[name].values)
-        recalibrate(network, self._adversarial_epoch(network))
+        if self.world.is_main:
+            recalibrate(network, self._adversarial_epoch(network))
         self.recalibrated[name] = network.state_dict()
         self.save()
 
     def _adversarial_epoch(self, network: nn.Module) -> Iterator[Tensor]:
         attack = self.config.attack
         epoch = self.config.epochs + 1
-        for k, batch in enumerate(self.stream.epoch(epoch)):
+        whole = self.stream if self.world.size == 1 else self._open_stream(self.config.batch_size, WHOLE)
+        for k, batch in enumerate(whole.epoch(epoch)):
             images = augmented(self.config, batch, epoch).contiguous()
             if self.config.method == "standard":
                 yield images

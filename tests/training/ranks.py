@@ -1,0 +1,52 @@
+"""Run by torchrun in test_distributed.py: each rank's half of a batch against the whole in one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from test_step import images, pair, step_of
+
+from arat_fast.config import ARATConfig
+from arat_fast.nn import synchronise_batch_norm
+from arat_fast.training.distributed import join_world, leave_world
+
+torch.set_num_threads(1)
+world = join_world("cpu")
+assert world.group is not None
+for kind, split in (("resnet", True), ("wide", True), ("resnet", False)):
+    arat = ARATConfig(split_bn=split)
+    _, ours, method = pair(kind, arat, torch.float64)
+    _, alone, alone_method = pair(kind, arat, torch.float64)
+    if world.rank:
+        with torch.no_grad():  # rank 0's weights are everybody's
+            ours.get_parameter("conv1.weight").mul_(2)
+    synchronise_batch_norm(ours, world.group)
+    synchronise_batch_norm(method, world.group)
+    step = step_of(ours, method, world=world)
+    whole = step_of(alone, alone_method)
+    x, labels = images(8)
+    for _ in range(3):
+        shared = step(x[world.rank :: world.size], labels[world.rank :: world.size])
+        expected = whole(x, labels)
+        for name, value in expected.items():
+            mean = world.total(shared[name].double()) / world.size
+            torch.testing.assert_close(mean, value.double(), rtol=1e-9, atol=1e-9, msg=f"{kind} {name}")
+    for one, other in ((ours, alone), (method, alone_method)):
+        for name, value in other.state_dict().items():
+            torch.testing.assert_close(one.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+# Statistics of its own a rank: gradients are still averaged, so weights agree and statistics differ.
+_, ours, method = pair("resnet", ARATConfig(), torch.float64)
+step = step_of(ours, method, world=world)
+step(x[world.rank :: world.size], labels[world.rank :: world.size])
+for name, equal in (("conv1.weight", True), ("bn1.running_mean", False)):
+    mine = ours.state_dict()[name]
+    theirs = mine.clone()
+    dist.broadcast(theirs, 0)
+    assert torch.equal(mine, theirs) == (equal or world.rank == 0), name
+leave_world()
+Path(sys.argv[1], f"rank{os.environ['RANK']}").touch()
