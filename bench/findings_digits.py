@@ -1,0 +1,249 @@
+"""The ARAT paper's findings in small: python bench/findings_digits.py [--json FILE] [--seeds 3] [--runs DIR]
+
+Trains the `digits` recipe at full length, every variant from the same seeds, and asks
+
+(a) has the naive invariance loss (symmetric, no predictor) more gradient conflict than stop-gradient?
+(b) does split BatchNorm separate the statistics of clean and adversarial images?
+(c) is ARAT's sum of clean and robust accuracy at least that of adversarial training (AT)?
+
+A finding counts as reproduced where every seed shows it. Runs in DIR that are complete are not trained
+again. The committed result is bench/results/findings_digits.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from arat_fast import reference
+from arat_fast.analysis.collect import Collector, collected
+from arat_fast.analysis.run import AnalysisOptions, analyse_run
+from arat_fast.config import TrainConfig, load_recipe
+from arat_fast.environment import environment
+from arat_fast.evaluation.results import evaluate_run
+from arat_fast.loaders import sources
+from arat_fast.loaders.images import ImageSet, ImageSource
+from arat_fast.loaders.stream import Batch
+from arat_fast.training.build import build_method, build_network, build_optimizer
+from arat_fast.training.directory import RunDirectory
+from arat_fast.training.engine import augmented
+from arat_fast.training.trainer import Trainer
+
+EVERY = 10  # iterations between two measurements of gradient conflict
+CPU = torch.device("cpu")
+ACCURACIES = ("clean", "pgd20", "autoattack")
+# What differs from the digits recipe.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "arat": {},
+    "naive": {"arat": {"invariance": "symmetric", "predictor": False}},
+    "stop-gradient, no predictor": {"arat": {"predictor": False}},
+    "arat, no split BN": {"arat": {"split_bn": False}},
+    "at": {"method": "at"},
+}
+
+
+class CollectingTrainer(Trainer):
+    """Tells a collector of every iteration and epoch, and times the iterations."""
+
+    def __init__(self, config: TrainConfig, train: ImageSource, folder: Path) -> None:
+        super().__init__(config, train, folder)
+        shape = train.image_shape
+        self.collector = Collector(
+            EVERY, folder, config=self.config, channels=shape[2], num_classes=train.num_classes, device=CPU
+        )
+        self.iteration_seconds: list[float] = []
+
+    def _iterate(self, batch: Batch) -> None:
+        step, epoch = self.epoch * len(self.stream) + self.batch, self.epoch
+        started = time.perf_counter()
+        super()._iterate(batch)
+        self.iteration_seconds.append(time.perf_counter() - started)
+        self.collector.after_step(
+            step,
+            epoch,
+            state=self.engine.state,
+            batch=lambda: (augmented(self.config, batch, epoch).contiguous(), batch.labels),
+        )
+
+    def _end_epoch(self, rate: float, balance: float | None) -> None:
+        last = (self.epoch + 1) * len(self.stream) - 1
+        self.collector.end_epoch(self.epoch, last, state=self.engine.state)
+        super()._end_epoch(rate, balance)
+
+
+def configuration(variant: str, seed: int) -> TrainConfig:
+    changes = dict(VARIANTS[variant])
+    config = load_recipe("digits")
+    if "arat" in changes:
+        changes["arat"] = dataclasses.replace(config.arat, **changes["arat"])
+    return dataclasses.replace(config, seed=seed, device="cpu", **changes)
+
+
+def measure(variant: str, seed: int, folder: Path, data: tuple[ImageSource, ImageSet]) -> dict[str, Any]:
+    """Train, unless the folder holds the finished run, and analyse."""
+    config = configuration(variant, seed)
+    torch.set_num_threads(config.threads)
+    cost = folder.with_name(folder.name + "-cost.json")
+    if len(RunDirectory(folder).metrics()) < config.epochs:
+        trainer = CollectingTrainer(config, data[0], folder)
+        trainer.run()
+        cost.write_text(json.dumps({"iteration_seconds": statistics.median(trainer.iteration_seconds)}))
+    what = ["mixture", "tradeoff"] + (["conflict"] if config.method == "arat" else [])
+    result = analyse_run(folder, *data, what, device=CPU, options=AnalysisOptions())
+    attacks = list(ACCURACIES) if variant in ("arat", "at") else ["clean", "pgd20"]
+    figures = evaluate_run(folder, data[1], attacks, device=CPU)["figures"]
+    layers = result["mixture"]["layers"].values()
+    variances = {b: statistics.mean(v.values()) for b, v in result["mixture"]["variance"].items()}
+    row: dict[str, Any] = {
+        "variant": variant,
+        "seed": seed,
+        "revision": json.loads((folder / "environment.json").read_text())["revision"],
+        **{name: 100 * figures[name]["accuracy"] for name in attacks},
+        "test_images": figures["clean"]["n"],
+        "relative_feature_distance": statistics.mean(v["relative"] for v in layers),
+        "bn_divergence": {
+            kind: statistics.mean(v["divergence"][kind]["mean"] for v in layers)
+            for kind in ("running", "measured", "through_adv")
+            if next(iter(layers))["divergence"][kind] is not None
+        },
+        "running_mean_variance": variances,
+    }
+    if config.method == "arat":
+        lines = collected(folder).conflict
+        row["conflict"] = {
+            "over_training": {
+                "share": 100 * statistics.mean(line["overall"]["share"] for line in lines),
+                "cosine": statistics.mean(line["overall"]["cosine"] for line in lines),
+                "measurements": len(lines),
+            },
+            "at_the_end": {
+                form: {"share": 100 * s["overall"]["share"], "cosine": s["overall"]["cosine"]}
+                for form, s in result["conflict"]["forms"].items()
+            },
+        }
+        seconds = statistics.median(line["seconds"] for line in lines)
+        row["collection_in_iterations"] = seconds / json.loads(cost.read_text())["iteration_seconds"]
+    return row
+
+
+def flop_of_a_collection(data: ImageSource) -> dict[str, float]:
+    """Operations of one measurement of gradient conflict and of one training iteration, counted on the plain
+    network.
+    """
+    config = configuration("arat", 0)
+    images = torch.rand(config.batch_size, 1, 8, 8)
+    labels = torch.zeros(config.batch_size, dtype=torch.int64)
+    method = build_method(config, build_network(config, 1, data.num_classes))
+    assert isinstance(method, reference.ARAT)
+    optimizer = build_optimizer(config, list(method.parameters()))
+    with FlopCounterMode(display=False) as iteration:
+        reference.train_step(
+            method, optimizer, images, labels, eps=0.12, alpha=0.03, steps=config.attack.steps
+        )
+    folder = Path("/dev")  # the line goes to /dev/null
+    made = Collector(1, folder, config=config, channels=1, num_classes=data.num_classes, device=CPU)
+    made.file = folder / "null"
+    with FlopCounterMode(display=False) as collection:
+        made.after_step(1, 1, state=method.state_dict, batch=lambda: (images, labels))
+    counts = {"collection": collection.get_total_flops(), "iteration": iteration.get_total_flops()}
+    return counts | {"iterations": counts["collection"] / counts["iteration"]}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation, "seeds": values}
+
+
+def finding(
+    rows: list[dict[str, Any]], claim: str, more: str, less: str, value: Callable[[dict[str, Any]], float]
+) -> dict[str, Any] | None:
+    """Is `value` of the variant `more` above that of `less`, seed by seed?"""
+    of = {v: {r["seed"]: r for r in rows if r["variant"] == v} for v in (more, less)}
+    seeds = sorted(set(of[more]) & set(of[less]))
+    if not seeds:
+        return None
+    by_variant = {v: {s: value(of[v][s]) for s in seeds} for v in of}
+    differences = [by_variant[more][s] - by_variant[less][s] for s in seeds]
+    return {
+        "claim": claim,
+        more: spread([by_variant[more][s] for s in seeds]),
+        less: spread([by_variant[less][s] for s in seeds]),
+        "difference": spread(differences),
+        "reproduced": all(d >= 0 for d in differences),
+    }
+
+
+def findings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def training(key: str) -> Callable[[dict[str, Any]], float]:
+        return lambda row: float(row["conflict"]["over_training"][key])
+
+    def end(row: dict[str, Any]) -> float:
+        return float(row["conflict"]["at_the_end"]["trained"]["share"])
+
+    def divergence(row: dict[str, Any]) -> float:
+        return float(row["bn_divergence"]["measured"])
+
+    def total(attack: str) -> Callable[[dict[str, Any]], float]:
+        return lambda row: float(row["clean"] + row[attack])
+
+    share = "(a) conflicting coordinates in %"
+    plain = "stop-gradient, no predictor"
+    kl = "(b) symmetric KL in nats of clean and adversarial statistics as measured"
+    asked = [
+        finding(rows, f"{share} over training: naive above ARAT", "naive", "arat", training("share")),
+        finding(rows, f"{share} at the end: naive above ARAT", "naive", "arat", end),
+        finding(rows, f"{share} over training: naive above {plain}", "naive", plain, training("share")),
+        finding(rows, "(a) cosine over training: ARAT above naive", "arat", "naive", training("cosine")),
+        finding(rows, f"{kl}: with split BN above without", "arat", "arat, no split BN", divergence),
+        finding(rows, "(c) clean + PGD-20 in %: ARAT at least AT", "arat", "at", total("pgd20")),
+        finding(rows, "(c) clean + AutoAttack in %: ARAT at least AT", "arat", "at", total("autoattack")),
+    ]
+    return [answer for answer in asked if answer is not None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("build/findings_digits"))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    data = sources.load("digits")
+    rows = []
+    for seed in range(options.seeds):
+        for variant in options.variants:
+            name = f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}".lower()
+            rows.append(measure(variant, seed, options.runs / name, data))
+            print(json.dumps(rows[-1]), flush=True)
+    record = {
+        "what": "the ARAT paper's findings on the digits recipe at full length",
+        "date": datetime.date.today().isoformat(),
+        "conditions": environment(CPU) | {"seeds": options.seeds, "conflict_every": EVERY},
+        "findings": findings(rows),
+        "flop": flop_of_a_collection(data[0]),
+        "rows": rows,
+    }
+    for answer in record["findings"]:  # type: ignore[attr-defined]
+        gap = answer["difference"]
+        print(f"{'reproduced    ' if answer['reproduced'] else 'NOT reproduced'}  {answer['claim']}: "
+              f"{gap['mean']:+.3g} (seeds {', '.join(f'{v:+.3g}' for v in gap['seeds'])})")  # fmt: skip
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
