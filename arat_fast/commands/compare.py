@@ -44,11 +44,14 @@ class CompareOptions:
 def _summary_figures(directory: RunDirectory, config: TrainConfig) -> Figures:
     """Figures of results.json, beside the run or above it where two were trained together."""
     for place in (directory.path, directory.path.parent):
-        record = _read(place / "results.json")
+        file = place / "results.json"
+        record = _read(file)
         # Of the folder above only what belongs to this run: it may hold several methods' figures.
         if place != directory.path and not (place / "config.json").is_file():
             return {}
         if isinstance(record, dict) and isinstance(record.get(config.method), dict):
+            if directory.last.is_file() and directory.last.stat().st_mtime > file.stat().st_mtime:
+                log.warning("%s was trained on after %s was written", directory.path, file)
             figures = dict(record[config.method])
             count = int(figures.pop("n"))
             return {
