@@ -1,0 +1,112 @@
+"""What the device can do at most: matrix products and copies, measured in the run that is compared with them.
+
+    arat-fast bench ceilings [--device cpu] [--json FILE]
+
+The clock, the temperature and the neighbours of a run are its own, so a data sheet's figures would not do.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from arat_fast.benchmarks.conditions import conditions
+from arat_fast.benchmarks.timing import seconds_of
+from arat_fast.evaluation.record import write_json
+from arat_fast.training.build import pick_device, use_threads
+from arat_fast.training.precision import Precision, has_bf16_matrix_units, resolve_precision
+
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of large operations on random data, medians.
+
+    fp32_flop_per_second: as torch is set, so TF32 where its products are allowed to be. bf16 is None where
+    the device has no matrix units for it. copy_bytes_per_second counts bytes read and bytes written.
+    """
+
+    fp32_flop_per_second: float
+    bf16_flop_per_second: float | None
+    copy_bytes_per_second: float
+
+    def flop_per_second(self, precision: Precision) -> float:
+        """Of products in a resolved precision; fp16's rate is bf16's."""
+        if precision in ("bf16", "fp16") and self.bf16_flop_per_second is not None:
+            return self.bf16_flop_per_second
+        return self.fp32_flop_per_second
+
+    def fields(self) -> dict[str, float | None]:
+        """For a record's conditions."""
+        return asdict(self)
+
+
+def matmul_flop_per_second(device: torch.device, dtype: torch.dtype, side: int = 0) -> float:
+    """FLOP/s of a square matrix product; side 0: 8192 on a GPU, 1536 on a CPU."""
+    n = side or (8192 if device.type == "cuda" else 1536)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / statistics.median(seconds_of(lambda: a @ b, device) for _ in range(REPEATS))
+
+
+def copy_bytes_per_second(device: torch.device, size: int = 0) -> float:
+    """Bytes/s, read plus written, of a copy; size 0: 1 GiB on a GPU, 128 MiB on a CPU."""
+    size = size or (1 << 30 if device.type == "cuda" else 1 << 27)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = [seconds_of(lambda: target.copy_(source), device) for _ in range(REPEATS)]
+    return 2 * size / statistics.median(seconds)
+
+
+def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
+    """The device's ceilings; `small` for a trial whose figures mean nothing."""
+    side, size = (256, 1 << 22) if small else (0, 0)
+    half = has_bf16_matrix_units(device)
+    return Ceilings(
+        matmul_flop_per_second(device, torch.float32, side),
+        matmul_flop_per_second(device, torch.bfloat16, side) if half else None,
+        copy_bytes_per_second(device, size),
+    )
+
+
+@dataclass(frozen=True)
+class CeilingOptions:
+    """Measure the device's ceilings: fp32 and bf16 matrix products, and a copy."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+    json: Path | None = None
+    """Write the figures and their conditions to this file."""
+
+
+def describe(ceilings: Ceilings) -> str:
+    """One line for people."""
+    half = ceilings.bf16_flop_per_second
+    return (
+        f"ceilings: fp32 {ceilings.fp32_flop_per_second / 1e12:.3g} TFLOP/s, "
+        + (f"bf16 {half / 1e12:.3g} TFLOP/s, " if half is not None else "no bf16 matrix units, ")
+        + f"copy {ceilings.copy_bytes_per_second / 1e9:.3g} GB/s"
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = tyro.cli(CeilingOptions, args=list(arguments), prog="arat-fast bench ceilings")
+    device = pick_device(options.device)
+    use_threads(options.threads)
+    ceilings = measure_ceilings(device)
+    print(describe(ceilings))
+    if options.json is not None:
+        precision = resolve_precision("auto", device)
+        write_json(options.json, {"conditions": conditions(device, ceilings, precision=precision)})
+    return 0

@@ -1,0 +1,34 @@
+"""Under what conditions a figure was measured. Without them it is not a result."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import torch
+
+from arat_fast.environment import environment
+
+if TYPE_CHECKING:
+    from arat_fast.benchmarks.ceilings import Ceilings
+
+
+def float32_products(device: torch.device) -> str:
+    """How float32 convolutions are computed: "tf32" or "ieee"."""
+    if device.type != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
+def conditions(device: torch.device, ceilings: Ceilings | None, **more: object) -> dict[str, object]:
+    """Versions, device, date, the machine's load, its ceilings, and whatever else the benchmark names."""
+    load = [round(value, 2) for value in os.getloadavg()]
+    found: dict[str, object] = environment(device) | {
+        "date": datetime.now(UTC).isoformat("T", "seconds"),
+        "load_average": load,
+        "float32_convolutions": float32_products(device),
+    }
+    if ceilings is not None:
+        found |= ceilings.fields()
+    return found | more
