@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from arat_fast import reference
+from arat_fast import methods, reference
 from arat_fast.config import TrainConfig
 from arat_fast.errors import UserError, unknown_name
+from arat_fast.models import create_model
+from arat_fast.nn import from_authors
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,7 +44,13 @@ def build_network(config: TrainConfig, channels: int, num_classes: int) -> nn.Mo
 
 
 def build_method(config: TrainConfig, network: nn.Module) -> reference.ARAT | reference.Standard:
-    """The training method around `network`; its predictors' weights depend on the seed alone."""
+    """The reference's training method around `network`; its predictors' weights depend on the seed alone.
+
+    Raises UserError for methods that only the fast engine has.
+    """
+    if config.method not in ("arat", "standard") or config.emr.coefficient:
+        what = "emr" if config.method in ("arat", "standard") else f"method {config.method}"
+        raise UserError(f"--engine reference knows arat and standard, not {what}: use --engine fast")
     if config.method == "standard":
         return reference.Standard(network)
     for layer in config.arat.layers:
@@ -62,6 +70,22 @@ def build_method(config: TrainConfig, network: nn.Module) -> reference.ARAT | re
             temperature=config.arat.temperature,
             layers=config.arat.layers,
         )
+
+
+def build_fast(
+    config: TrainConfig, channels: int, num_classes: int, teacher: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, methods.Method]:
+    """Network and method of the fast path, with the reference's weights, seed for seed.
+
+    teacher: weights of arrest's teacher and start of its student; without, to be loaded from a checkpoint.
+    """
+    start = dict(teacher or build_network(config, channels, num_classes).state_dict())
+    branches = methods.branches_of(config)
+    network = create_model(config.model, num_classes, channels, branches)
+    network.load_state_dict(from_authors(start) if len(branches) > 1 else start)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed + 1)
+        return network, methods.create_method(config, network, num_classes, channels, teacher=start)
 
 
 def build_optimizer(

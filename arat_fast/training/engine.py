@@ -4,19 +4,18 @@ both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from arat_fast import methods, reference
-from arat_fast.config import TrainConfig
+from arat_fast.config import TrainConfig, resolved
 from arat_fast.errors import UserError
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.loaders.sources import PHOTOS
 from arat_fast.loaders.stream import Batch, counter_seed
-from arat_fast.models import create_model
 from arat_fast.nn import (
     bn_mode,
     from_authors,
@@ -25,11 +24,12 @@ from arat_fast.nn import (
     to_authors,
     use_branch,
 )
-from arat_fast.training.build import build_method, build_network, build_optimizer
+from arat_fast.training.build import build_fast, build_method, build_network, build_optimizer
 from arat_fast.training.distributed import ALONE, World
 from arat_fast.training.finite import FiniteGuard
 from arat_fast.training.precision import has_bf16_matrix_units, resolve_precision, set_float32_products
 from arat_fast.training.step import TrainStep
+from arat_fast.training.teacher import load_teacher
 
 State = dict[str, Tensor]
 
@@ -112,6 +112,7 @@ class ReferenceEngine:
 
     def __init__(self, config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> None:
         self.config, self.device = config, device
+        _check_reference_attack(config)
         self.method = build_method(config, build_network(config, channels, num_classes)).to(device)
         self.network = self.method.network
         self.optimizer = build_optimizer(config, self.parameters())
@@ -191,19 +192,14 @@ class FastEngine:
         num_classes: int,
         device: torch.device,
         world: World = ALONE,
+        resumed: bool = False,
     ) -> None:
         self.config, self.device = config, device
-        start = ReferenceEngine(config, channels, num_classes, torch.device("cpu"))
         self._shape = (num_classes, channels)
-        branches = ("clean", "adv") if _split(config) else ("adv",)
-        self.network = create_model(config.model, num_classes, channels, branches)
-        dims = {name: _width(self.network, name) for name in _taps(config, self.network)}
-        self.method: methods.Method = (
-            methods.ARAT(config.arat, dims) if config.method == "arat" else methods.Standard()
-        )
+        teacher = None if resumed else load_teacher(config, channels, num_classes)
+        self.network, self.method = build_fast(config, channels, num_classes, teacher)
         self.network.to(device)
         self.method.to(device)
-        self.load_state(start.state())  # the same start as the reference's, seed for seed
         self.optimizer = build_optimizer(config, self.parameters(), fused=True)
         self.world = world
         synchronised = config.sync_bn and world.size > 1
@@ -227,6 +223,7 @@ class FastEngine:
             world=world,
             guard=True,
         )
+        self.method.compute = self.step.dtype
 
     @property
     def guard(self) -> FiniteGuard | None:
@@ -239,8 +236,8 @@ class FastEngine:
         self.method.on_epoch_start(epoch, rate_factor)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Trained parameters."""
-        return [*self.network.parameters(), *self.method.parameters()]
+        """Trained parameters: the network's, then predictors' or a trained teacher's."""
+        return [*self.network.parameters(), *(p for p in self.method.parameters() if p.requires_grad)]
 
     def buffers(self) -> list[Tensor]:
         """BatchNorm statistics and the method's state."""
@@ -254,7 +251,8 @@ class FastEngine:
     @torch.no_grad()
     def set_balance(self, batches: Iterable[Batch], epoch: int) -> float | None:
         """Measure auto-balance's weight."""
-        if not (isinstance(self.method, methods.ARAT) and self.method.config.auto_balance):
+        arat = self.method.base if isinstance(self.method, methods.EMR) else self.method
+        if not (isinstance(arat, methods.ARAT) and arat.config.auto_balance):
             return None
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         total = 0
@@ -266,8 +264,8 @@ class FastEngine:
                 correct += (self.step.twin.module(images).argmax(1) == batch.labels).sum()
                 total += len(batch.labels)
         correct, images_seen = self.world.total(correct), total * self.world.size
-        self.method.a.copy_(correct / images_seen)
-        return float(self.method.a)
+        arat.a.copy_(correct / images_seen)
+        return float(arat.a)
 
     def state(self) -> State:
         """Network and predictors in the reference's names."""
@@ -292,21 +290,37 @@ class FastEngine:
 
 
 def build_engine(
-    config: TrainConfig, channels: int, num_classes: int, device: torch.device, world: World = ALONE
+    config: TrainConfig,
+    channels: int,
+    num_classes: int,
+    device: torch.device,
+    world: World = ALONE,
+    *,
+    resumed: bool = False,
 ) -> Engine:
-    """The configured engine.
+    """The configured engine; `resumed`: a checkpoint follows, and no other run's teacher is read.
 
-    Raises UserError for an unknown layer to tap, or a reference engine that several processes should share.
+    Raises UserError for an unknown layer to tap, a teacher that is missing or does not fit, or a reference
+    engine with what it does not know, or that several processes should share.
     """
     if config.engine == "reference":
         if world.size > 1:
             raise UserError("--engine reference runs in one process; use --engine fast with torchrun")
         return ReferenceEngine(config, channels, num_classes, device)
-    return FastEngine(config, channels, num_classes, device, world)
+    return FastEngine(config, channels, num_classes, device, world, resumed)
+
+
+def _check_reference_attack(config: TrainConfig) -> None:
+    attack = resolved(config).attack
+    for name, value, known in (("loss", attack.loss, "ce"), ("branch", attack.branch, "adv")):
+        if value != known:
+            raise UserError(f"--engine reference attacks with {name} {known}, not {value}: use --engine fast")
+    if attack.start == "normal":
+        raise UserError("--engine reference starts uniformly or at the image: use --engine fast")
 
 
 def _split(config: TrainConfig) -> bool:
-    return config.method == "arat" and config.arat.split_bn
+    return len(methods.branches_of(config)) > 1
 
 
 def _shape(network: nn.Module) -> tuple[int, int]:
@@ -319,17 +333,3 @@ def _shape(network: nn.Module) -> tuple[int, int]:
 def _reference_names(state: State) -> State:
     branches = next(v.shape[0] for k, v in state.items() if k.endswith("running_mean"))
     return to_authors(state) if branches == 2 else single_branch(state, "adv", ("adv",))
-
-
-def _taps(config: TrainConfig, network: nn.Module) -> Sequence[str]:
-    chosen: Sequence[str] = config.arat.layers or getattr(network, "invariance_layers", ())
-    return chosen
-
-
-def _width(network: nn.Module, layer: str) -> int:
-    try:
-        width = network.get_submodule(layer).num_features
-    except AttributeError:
-        raise UserError(f"unknown layer {layer!r}: name a BatchNorm of the network") from None
-    assert isinstance(width, int)
-    return width

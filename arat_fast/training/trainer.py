@@ -74,7 +74,15 @@ class Trainer:
         self.device = pick_device(config.device)
         local_batch = world.local_batch(config.batch_size)
         self.train_images, self.validation_images = self._split(config, train)
-        self.engine = build_engine(config, train.image_shape[2], train.num_classes, self.device, world)
+        self.directory = RunDirectory(run_dir)
+        self.engine = build_engine(
+            config,
+            train.image_shape[2],
+            train.num_classes,
+            self.device,
+            world,
+            resumed=resume and self.directory.last.exists(),
+        )
         self.network, self.optimizer = self.engine.network, self.engine.optimizer
         self.averages: dict[str, WeightAverage] = {}
         if config.averaging.swa_start:
@@ -88,7 +96,6 @@ class Trainer:
         self.best_accuracy = -1.0
         self.balance: float | None = None  # auto-balance's weight in this epoch
         self.recalibrated: dict[str, dict[str, Tensor]] = {}
-        self.directory = RunDirectory(run_dir)
         self._open(resume)
         tensorboard = tensorboard and world.is_main
         self.writer = summary_writer(run_dir / "tensorboard", self.epoch) if tensorboard else None
