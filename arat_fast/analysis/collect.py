@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from arat_fast import reference
-from arat_fast.analysis.gradient_conflict import measure_conflict, reference_method
+from arat_fast.analysis.gradient_conflict import load_method, measure_conflict, reference_method
 from arat_fast.analysis.images import attack_as_trained
 from arat_fast.config import TrainConfig
 from arat_fast.errors import TrainingError, UserError
@@ -109,7 +109,7 @@ class Collector:
         if self._twin is None or step % self.every:
             return
         started = time.perf_counter()
-        self._twin.load_state_dict({name: value for name, value in state().items() if name in self._names})
+        load_method(self._twin, state())
         images, labels = batch()
         generator = torch.Generator(self.device).manual_seed(counter_seed(self.config.seed, step, _STREAM))
         config, network = self.config, self._twin.network
@@ -120,11 +120,6 @@ class Collector:
         measured = measure_conflict(self._twin, centre, x_adv, labels)["trained"].as_json()
         seconds = round(time.perf_counter() - started, 4)
         self._append({"kind": "conflict", "epoch": epoch, "step": step, "seconds": seconds} | measured)
-
-    @property
-    def _names(self) -> set[str]:
-        assert self._twin is not None
-        return set(self._twin.state_dict())
 
     def end_epoch(self, epoch: int, step: int, *, state: Callable[[], State]) -> None:
         """Record the running means; `step` is the epoch's last. Raises TrainingError when the disk

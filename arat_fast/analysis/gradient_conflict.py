@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arat_fast import reference
-from arat_fast.config import TrainConfig, resolved_attack
+from arat_fast.config import EMRConfig, TrainConfig, resolved_attack
 from arat_fast.errors import UserError
 from arat_fast.training.build import build_method
 
@@ -105,15 +105,25 @@ def reference_method(
     Raises UserError as `check_invariance`, and for a state of another method.
     """
     check_invariance(config)
-    method = build_method(config, network)
+    # EMR adds a term of its own: the two that are compared are its base's.
+    method = build_method(replace(config, emr=EMRConfig()), network)
     assert isinstance(method, reference.ARAT)
     if state is not None:
-        own = method.state_dict()
-        missing = [name for name in own if name not in state]
-        if missing:
-            raise UserError(f"the checkpoint does not fit the method {config.method}: it has no {missing[0]}")
-        method.load_state_dict({name: state[name] for name in own})
+        load_method(method, state)
     return method.to(next(network.parameters()).device)
+
+
+def load_method(method: reference.ARAT, state: Mapping[str, Tensor]) -> None:
+    """Take over what a run's engine or checkpoint holds of the method, inside EMR or not.
+
+    Raises UserError for the state of another method.
+    """
+    plain = {name.removeprefix("base."): value for name, value in state.items()}
+    own = method.state_dict()
+    missing = [name for name in own if name not in plain]
+    if missing:
+        raise UserError(f"the checkpoint is of another method: it has no {missing[0]}")
+    method.load_state_dict({name: plain[name] for name in own})
 
 
 def in_form(method: reference.ARAT, form: str) -> reference.ARAT:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from arat_fast.analysis.collect import Collector
-from arat_fast.analysis.run import ANALYSES, analyse_run, description, groups, short_names
+from arat_fast.analysis.collect import Collector, collected
+from arat_fast.analysis.run import ANALYSES, AnalysisOptions, analyse_run, description, groups, short_names
 from arat_fast.cli import main
 from arat_fast.config import TrainConfig, load_recipe, to_mapping
 from arat_fast.evaluation.accuracy import binomial_error
@@ -110,6 +110,38 @@ def test_analyze_several_runs(
     mixture = json.loads((tmp_path / "analysis" / "mixture.json").read_text())["runs"][1]["mixture"]
     assert mixture["layers"]["bn1"]["divergence"]["running"] is None
     assert set(mixture["variance"]) == {"adv"}
+
+
+@pytest.mark.parametrize("method", ["at", "trades", "lbgat", "arat"])
+def test_other_methods_and_emr(method: str, digits: tuple[ImageSet, ImageSet], tmp_path: Path) -> None:
+    config = load_recipe("digits")
+    config = dataclasses.replace(
+        config,
+        method=method,
+        epochs=1,
+        batch_size=32,
+        limit_train=64,
+        device="cpu",
+        attack=dataclasses.replace(config.attack, steps=1),
+        evaluation=dataclasses.replace(config.evaluation, steps=1),
+        lbgat=dataclasses.replace(config.lbgat, teacher="resnet8"),
+        emr=dataclasses.replace(config.emr, coefficient=0.0 if method == "lbgat" else 0.01),
+    )
+    trainer = Trainer(config, digits[0], tmp_path / "run")
+    trainer.run()
+    names = [name for name in ANALYSES if name != "conflict" or method == "arat"]
+    options = AnalysisOptions(limit=10, batches=1)
+    result = analyse_run(tmp_path / "run", *digits, names, device=CPU, options=options)
+    assert result["label"] == method + ("" if method == "lbgat" else " + EMR")
+    assert result["mixture"]["split_bn"] == (method == "arat")
+    made = Collector(1, tmp_path, config=trainer.config, channels=1, num_classes=10, device=CPU)
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    made.after_step(1, 1, state=trainer.engine.state, batch=lambda: (images, torch.arange(8)))
+    made.end_epoch(1, 1, state=trainer.engine.state)
+    lines = collected(tmp_path)
+    assert len(lines.conflict) == (method == "arat")
+    assert set(lines.snapshots[0]["branches"]) == ({"clean", "adv"} if method == "arat" else {"adv"})
+    assert len(lines.snapshots[0]["branches"]["adv"]) == 9  # the teacher's are not among them
 
 
 def test_two_analyses_are_the_same(runs: dict[str, Path], tmp_path: Path) -> None:
