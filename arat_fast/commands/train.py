@@ -14,7 +14,15 @@ from typing import Annotated
 import tyro
 
 from arat_fast.commands.table import accuracy_table
-from arat_fast.config import TrainConfig, load_recipe, recipe_names, resolved, to_mapping, validated
+from arat_fast.config import (
+    EMRConfig,
+    TrainConfig,
+    load_recipe,
+    recipe_names,
+    resolved,
+    to_mapping,
+    validated,
+)
 from arat_fast.errors import UserError
 from arat_fast.evaluation.record import write_json
 from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
@@ -79,15 +87,22 @@ def _parse(arguments: Sequence[str]) -> TrainOptions:
 def _describe_cost(config: TrainConfig) -> str:
     shape, classes, _ = sources.SHAPES[config.dataset]
     cost = iteration_cost(config, shape, classes)
-    return "\n".join(
-        [
-            f"parameters              {cost.parameters:,} (+ {cost.predictor_parameters:,} of predictors)",
-            f"forward                 {cost.forward_flop / 1e9:.3f} GFLOP an image",
-            f"forwards an iteration   {cost.forwards}",
-            f"backwards an iteration  {cost.input_backwards} input gradients, {cost.full_backwards} full",
-            f"iteration               {cost.iteration_flop / 1e9:.2f} GFLOP an image",
-        ]
-    )
+    lines = [
+        f"parameters              {cost.parameters:,} (+ {cost.predictor_parameters:,} of predictors)",
+        f"forward                 {cost.forward_flop / 1e9:.3f} GFLOP an image",
+        f"forwards an iteration   {cost.forwards}",
+        f"backwards an iteration  {cost.input_backwards} input gradients, {cost.full_backwards} full",
+    ]
+    if cost.double_backwards:
+        lines[-1] += f", {cost.double_backwards} double"
+    if cost.teacher_parameters:
+        trained = "trained along" if cost.teacher_backwards else "frozen"
+        flop = cost.teacher_forward_flop / 1e9
+        lines.append(
+            f"teacher                 {cost.teacher_parameters:,} parameters, {flop:.3f} GFLOP, {trained}"
+        )
+    lines.append(f"iteration               {cost.iteration_flop / 1e9:.2f} GFLOP an image")
+    return "\n".join(lines)
 
 
 def _default_run_dir(config_name: str) -> Path:
@@ -142,7 +157,10 @@ def _train(options: TrainOptions, config: TrainConfig, world: World) -> int:
     train, test = sources.load(config.dataset, config.data_root, config.image_size)
     runs: dict[str, tuple[TrainConfig, Path]] = {config.method: (config, run_dir)}
     if options.with_standard and config.method != "standard":
-        runs["standard"] = (dataclasses.replace(config, method="standard"), run_dir / "standard")
+        runs["standard"] = (
+            dataclasses.replace(config, method="standard", emr=EMRConfig()),
+            run_dir / "standard",
+        )
     for one, where in runs.values():
         _train_one(one, where, train, options, world)
     if not world.is_main:
