@@ -108,6 +108,7 @@ def test_one_foreach_update_a_forward(x: torch.Tensor, monkeypatch: pytest.Monke
     for module in model.modules():
         if isinstance(module, SplitBatchNorm2d):
             module.momentum = 0.1
+    use_branch(model, "both")  # one branch is PyTorch's own on a CPU
     calls = []
     lerp = torch._foreach_lerp_
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *a: (calls.append(len(a[0])), lerp(*a)))
@@ -119,6 +120,8 @@ def test_one_foreach_update_a_forward(x: torch.Tensor, monkeypatch: pytest.Monke
 
 def test_an_interrupted_forward_leaves_nothing_behind(x: torch.Tensor) -> None:
     model, twin = convert_split_bn(small_model()), convert_split_bn(small_model())
+    for each in (model, twin):
+        use_branch(each, "both")
     with pytest.raises(RuntimeError):
         model(x[:, :2])
     last = model[5]

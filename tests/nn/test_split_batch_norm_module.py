@@ -192,3 +192,28 @@ def test_parts_equal_batches_one_after_the_other(branches: tuple[str, ...], mome
         torch.testing.assert_close(y, apart(x[0]))
     with pytest.raises(ValueError, match="parts is 2 of branch 'both'"):
         use_branch(whole, "both", parts=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("branches", [("adv",), ("clean", "adv")])
+@pytest.mark.parametrize("residual", [False, True])
+def test_pytorchs_own_batch_norm_on_a_cpu_equals_the_op(
+    residual: bool, branches: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One branch in eager mode on a CPU runs PyTorch's kernel: the same values, gradients and statistics."""
+    layers = [SplitBatchNorm2d(8, branches, dtype=dtype) for _ in range(2)]
+    results = []
+    for layer, suits in zip(layers, (True, False), strict=True):
+        if not suits:
+            monkeypatch.setattr(SplitBatchNorm2d, "_suits_pytorch", lambda *arguments: False)
+        use_branch(layer, "adv")
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(0.5, 1.5, layer.weight.numel()).view_as(layer.weight))
+        x = images(6, 8, 4, 5, dtype=dtype).requires_grad_()
+        other = images(6, 8, 4, 5, seed=7, dtype=dtype).requires_grad_() if residual else None
+        y = layer(x, residual=other, relu=True)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
+        results[-1] += [] if other is None else [other.grad]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
