@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,15 @@ def _values(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if v is None else v for v in values]
 
 
-def _legend(figure: Figure, entries: int) -> None:
-    """The series above the axes, where no data can lie under them; none for a single one."""
-    if entries > 1:
-        figure.legend(loc="outside upper left", ncols=2 if entries > 3 else 1)
+def _legend(figure: Figure, labels: Iterable[str], even_one: bool = False) -> None:
+    """The series above the axes, where no data can lie under them; none for a single one.
+
+    In two columns where they are many and short enough for the width of the page's.
+    """
+    labels = list(labels)
+    if len(labels) > 1 or even_one:
+        two = len(labels) > 3 and max(map(len, labels)) <= 20
+        figure.legend(loc="outside upper left", ncols=2 if two else 1)
 
 
 def conflict_by_layer(data: Data, folder: Path, suffix: str = "") -> list[Path]:
@@ -72,7 +77,7 @@ def conflict_over_training(data: Data, folder: Path, suffix: str = "") -> list[P
         ax.axhline(50, color="0.75", linewidth=0.6, zorder=0)
         ax.set_xlabel("iteration")
         ax.set_ylabel("coordinates in conflict (%)")
-        _legend(figure, len(data))
+        _legend(figure, data)
         return save(figure, folder, f"conflict_over_training{suffix}")
 
 
@@ -89,7 +94,7 @@ def _by_layer(
             ax.set_ylim(bottom=0)
         ax.set_ylabel(label_y)
         layer_axis(ax, names)
-        _legend(figure, len(data))
+        _legend(figure, data)
         return save(figure, folder, name)
 
 
@@ -146,7 +151,7 @@ def margin_distribution(data: Data, folder: Path) -> list[Path]:
         ax.axvline(0, color="0.5", linewidth=0.6)
         ax.set_xlabel(r"effective margin ($L_2$, pixel range 1)")
         ax.set_ylabel("test images (%)" if len(data) == 1 else "test images below (%)")
-        _legend(figure, len(data))
+        _legend(figure, data)
         return save(figure, folder, "margin")
 
 
@@ -169,7 +174,7 @@ def tradeoff(data: Mapping[str, Sequence[Any]], folder: Path) -> list[Path]:
         ax.set_xlabel("clean accuracy (%)")
         ax.set_ylabel(f"accuracy under PGD-{'/'.join(map(str, steps))} (%)")
         ax.margins(0.08)
-        figure.legend(loc="outside upper left", ncols=2 if len(data) > 3 else 1)
+        _legend(figure, data, even_one=True)
         return save(figure, folder, "tradeoff")
 
 
@@ -182,7 +187,6 @@ def _tradeoff_series(ax: Axes, label: str, results: Sequence[Any], look: Series)
     else:
         errors = [float(np.std(values, ddof=1)) for values in (x, y)]
         ax.plot(x, y, look.marker, color=look.color, markersize=2, alpha=0.5)
-        label += f" (mean of {len(results)})"
     ax.errorbar(np.mean(x), np.mean(y), errors[1], errors[0], fmt="none", ecolor=look.color, elinewidth=0.5)
     ax.plot(np.mean(x), np.mean(y), look.marker, color=look.color, label=label, markersize=4.5)
 
@@ -204,7 +208,7 @@ def accuracy_over_eps(data: Data, folder: Path) -> list[Path]:
         ax.set_xlabel(rf"$\epsilon$ ({norm}, {'1/255' if scale > 1 else 'pixel range 1'})")
         ax.set_ylabel("accuracy (%)")
         ax.set_ylim(-2, 102)
-        _legend(figure, len(data))
+        _legend(figure, data)
         return save(figure, folder, "accuracy_over_eps")
 
 
