@@ -22,6 +22,10 @@ from arat_fast.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
+def small_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+
+
 @pytest.fixture(scope="module")
 def runs(digits: tuple[ImageSet, ImageSet], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One epoch each: ARAT, the naive loss with one BatchNorm, and ordinary training."""
@@ -47,12 +51,16 @@ def runs(digits: tuple[ImageSet, ImageSet], tmp_path_factory: pytest.TempPathFac
         trainer.run()
         made = Collector(1, folder / name, config=config, channels=1, num_classes=10, device=CPU)
         for epoch in (1, 2):
+            made.after_step(3 * epoch, epoch, state=trainer.engine.state, batch=small_batch)
             made.end_epoch(epoch, 3 * epoch, state=trainer.engine.state)
     return {name: folder / name for name in configs}
 
 
 def test_analyze_one_run(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
+    import matplotlib
+
+    settings = dict(matplotlib.rcParams)
     record = tmp_path / "all.json"
     arguments = ["analyze", str(runs["arat"]), "--limit", "24", "--batches", "2", "--json", str(record)]
     assert main(arguments) == 0
@@ -67,12 +75,15 @@ def test_analyze_one_run(runs: dict[str, Path], tmp_path: Path, capsys: pytest.C
         assert saved["runs"][0][name]
         assert len(saved["runs"][0]["checkpoint_sha256"]) == 64
     pictures = {path.stem for path in folder.glob("*.png")}
-    assert pictures == {"conflict_by_layer", "mixture_distance", "bn_divergence", "bn_variance", "margin",
-                        "tradeoff", "accuracy_over_eps"}  # fmt: skip
+    assert pictures == {"conflict_by_layer", "conflict_over_training", "mixture_distance", "bn_divergence",
+                        "bn_variance", "margin", "tradeoff", "accuracy_over_eps"}  # fmt: skip
     for path in folder.glob("*.p[dn][fg]"):
         assert path.read_bytes()[:4] in (b"%PDF", b"\x89PNG")
         assert path.stat().st_size > 3000
+    assert b"/CIDFontType2" in (folder / "margin.pdf").read_bytes()  # publishers refuse Type 3 fonts
+    assert dict(matplotlib.rcParams) == settings
     result = json.loads(record.read_text())["runs"][0]
+    assert len(result["conflict"]["collected"]) == 2
     assert result["mixture"]["n"] == result["margin"]["n"] == result["tradeoff"]["clean"]["n"] == 24
     assert result["conflict"]["training_images"] == 64
     clean = result["epsilons"]["points"][0]
@@ -135,8 +146,7 @@ def test_other_methods_and_emr(method: str, digits: tuple[ImageSet, ImageSet], t
     assert result["label"] == method + ("" if method == "lbgat" else " + EMR")
     assert result["mixture"]["split_bn"] == (method == "arat")
     made = Collector(1, tmp_path, config=trainer.config, channels=1, num_classes=10, device=CPU)
-    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    made.after_step(1, 1, state=trainer.engine.state, batch=lambda: (images, torch.arange(8)))
+    made.after_step(1, 1, state=trainer.engine.state, batch=small_batch)
     made.end_epoch(1, 1, state=trainer.engine.state)
     lines = collected(tmp_path)
     assert len(lines.conflict) == (method == "arat")
