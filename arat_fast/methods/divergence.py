@@ -13,8 +13,11 @@ def wide(values: Tensor) -> Tensor:
 
 
 def kl_from_clean(clean: Tensor, adv: Tensor) -> Tensor:
-    """KL(p(x) ‖ p(x')) of logits (N, classes), one value an image (N,). Gradients flow to both."""
-    p, q = F.log_softmax(wide(clean), 1), F.log_softmax(wide(adv), 1)
+    """KL(p(x) ‖ p(x')) of logits (N, classes), in fp32 or wider, one value an image (N,).
+
+    Gradients flow to both.
+    """
+    p, q = F.log_softmax(clean, 1), F.log_softmax(adv, 1)
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
 
 

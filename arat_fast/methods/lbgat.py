@@ -38,12 +38,13 @@ class LBGAT(Method):
         assert outputs.adv is not None
         assert outputs.images is not None
         with torch.autocast(outputs.images.device.type, self.compute, enabled=self.compute.itemsize == 2):
-            teacher = self.teacher(outputs.images)
+            teacher = wide(self.teacher(outputs.images))
+        adv = wide(outputs.adv)
         terms = {
-            "mse": F.mse_loss(wide(outputs.adv), wide(teacher)),
-            "ce_teacher": F.cross_entropy(wide(teacher), labels),
+            "mse": F.mse_loss(adv, teacher),
+            "ce_teacher": F.cross_entropy(teacher, labels),
         }
         if self.config.beta:
             assert outputs.clean is not None
-            terms["kl"] = self.config.beta * kl_from_clean(outputs.clean, outputs.adv).mean()
+            terms["kl"] = self.config.beta * kl_from_clean(wide(outputs.clean), adv).mean()
         return terms

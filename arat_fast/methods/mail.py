@@ -40,24 +40,25 @@ class MAIL(Method):
         self.phase.fill_(float(epoch >= self.config.start_epoch))
 
     def weights(self, adv: Tensor, labels: Tensor) -> Tensor:
-        """w of adversarial logits (N, classes): (N,), all 1 before the start epoch."""
+        """w of adversarial logits (N, classes) in fp32 or wider: (N,), all 1 before the start epoch."""
         slope, bias = self.config.slope, self.config.bias
         assert slope is not None
         assert bias is not None
-        true, wrong = true_and_wrong(F.softmax(wide(adv.detach()), 1), labels)
+        true, wrong = true_and_wrong(F.softmax(adv.detach(), 1), labels)
         return 1 + self.phase * (3 * torch.sigmoid(slope * (wrong - true + bias)) - 1)
 
     def loss(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
         """Terms ce_adv; ce_clean and kl; or bce and kl; with warm_up "at" ce_adv beside them."""
         assert outputs.adv is not None
-        clean, adv, beta = outputs.clean, outputs.adv, self.config.beta
+        adv, beta = wide(outputs.adv), self.config.beta
         w = self.weights(adv, labels)
         if self.kind == "at":
-            return {"ce_adv": (w * F.cross_entropy(wide(adv), labels, reduction="none")).mean()}
-        assert clean is not None
+            return {"ce_adv": (w * F.cross_entropy(adv, labels, reduction="none")).mean()}
+        assert outputs.clean is not None
+        clean = wide(outputs.clean)
         if self.kind == "trades":
             terms = {
-                "ce_clean": F.cross_entropy(wide(clean), labels),
+                "ce_clean": F.cross_entropy(clean, labels),
                 "kl": beta * (w * kl_from_clean(clean, adv)).mean(),
             }
         else:
@@ -67,5 +68,5 @@ class MAIL(Method):
             }
         if self.config.warm_up == "at":
             terms = {name: self.phase * term for name, term in terms.items()}
-            terms["ce_adv"] = (1 - self.phase) * F.cross_entropy(wide(adv), labels)
+            terms["ce_adv"] = (1 - self.phase) * F.cross_entropy(adv, labels)
         return terms

@@ -18,18 +18,17 @@ from arat_fast.methods.divergence import true_and_wrong, wide
 
 
 def boosted_cross_entropy(adv: Tensor, labels: Tensor) -> Tensor:
-    """BCE of adversarial logits (N, classes), one value an image (N,)."""
-    adv = wide(adv)
+    """BCE of adversarial logits (N, classes) in fp32 or wider, one value an image (N,)."""
     _, wrong = true_and_wrong(F.softmax(adv, 1), labels)
     return F.cross_entropy(adv, labels, reduction="none") - (1.0001 - wrong + 1e-12).log()
 
 
 def weighted_divergence(clean: Tensor, adv: Tensor, labels: Tensor) -> Tensor:
-    """REG of clean and adversarial logits (N, classes), one value an image (N,)."""
-    log_p = F.log_softmax(wide(clean), 1)
+    """REG of clean and adversarial logits (N, classes) in fp32 or wider, one value an image (N,)."""
+    log_p = F.log_softmax(clean, 1)
     p = log_p.exp()
     true = p.gather(1, labels[:, None])[:, 0]
-    log_q = (F.softmax(wide(adv), 1) + 1e-12).log()
+    log_q = (F.softmax(adv, 1) + 1e-12).log()
     return (1.0000001 - true) * (p * (log_p - log_q)).sum(1)
 
 
@@ -47,7 +46,8 @@ class MART(Method):
         """Terms bce and kl."""
         assert outputs.clean is not None
         assert outputs.adv is not None
+        clean, adv = wide(outputs.clean), wide(outputs.adv)
         return {
-            "bce": boosted_cross_entropy(outputs.adv, labels).mean(),
-            "kl": self.config.beta * weighted_divergence(outputs.clean, outputs.adv, labels).mean(),
+            "bce": boosted_cross_entropy(adv, labels).mean(),
+            "kl": self.config.beta * weighted_divergence(clean, adv, labels).mean(),
         }

@@ -32,7 +32,8 @@ class TRADES(Method):
         """Terms ce_clean and kl."""
         assert outputs.clean is not None
         assert outputs.adv is not None
+        clean, adv = wide(outputs.clean), wide(outputs.adv)
         return {
-            "ce_clean": F.cross_entropy(wide(outputs.clean), labels),
-            "kl": self.config.beta * kl_from_clean(outputs.clean, outputs.adv).mean(),
+            "ce_clean": F.cross_entropy(clean, labels),
+            "kl": self.config.beta * kl_from_clean(clean, adv).mean(),
         }
