@@ -7,20 +7,20 @@ The clock, the temperature and the neighbours of a run are its own, so a data sh
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 
 from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.timing import seconds_of
+from arat_fast.errors import UserError
 from arat_fast.evaluation.record import write_json
-from arat_fast.training.build import pick_device, use_threads
-from arat_fast.training.precision import Precision, has_bf16_matrix_units, resolve_precision
+from arat_fast.training.precision import Precision, has_bf16_matrix_units
 
 REPEATS = 7
 
@@ -77,18 +77,6 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
     )
 
 
-@dataclass(frozen=True)
-class CeilingOptions:
-    """Measure the device's ceilings: fp32 and bf16 matrix products, and a copy."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run."""
-    threads: int = 0
-    """CPU threads; 0: torch's choice."""
-    json: Path | None = None
-    """Write the figures and their conditions to this file."""
-
-
 def describe(ceilings: Ceilings) -> str:
     """One line for people."""
     half = ceilings.bf16_flop_per_second
@@ -101,12 +89,20 @@ def describe(ceilings: Ceilings) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    options = tyro.cli(CeilingOptions, args=list(arguments), prog="arat-fast bench ceilings")
-    device = pick_device(options.device)
-    use_threads(options.threads)
+    parser = argparse.ArgumentParser(prog="arat-fast bench ceilings", description=__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    options = parser.parse_args(list(arguments))
+    there = torch.cuda.is_available()
+    if options.device == "cuda" and not there:
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or check `arat-fast env`")
+    device = torch.device("cuda" if there and options.device != "cpu" else "cpu")
     ceilings = measure_ceilings(device)
     print(describe(ceilings))
     if options.json is not None:
-        precision = resolve_precision("auto", device)
-        write_json(options.json, {"conditions": conditions(device, ceilings, precision=precision)})
+        write_json(options.json, {"benchmark": "ceilings", "conditions": conditions(device, ceilings)})
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -233,10 +233,15 @@ def _backward(
 
 
 def benchmark_cases(device: torch.device, small: bool = False) -> Iterator[BenchmarkCase]:
-    """Every layer at batch 128 a branch, the first and the last at 512; both branches, and one."""
+    """Every layer at batch 128 a branch, the first and the last at 512; both branches, and one. On a CPU the
+    first and the last, at batch 16.
+    """
     half = torch.bfloat16
     if small:
         layers = [(3, 16, 5, 2, half, True), (3, 16, 5, 1, torch.float32, False)]
+    elif device.type == "cpu":
+        layers = [(16, c, side, 2, torch.float32, True) for c, side in ((64, 32), (512, 4))]
+        layers.append((16, 64, 32, 1, torch.float32, False))
     else:
         layers = [(128, c, side, 2, half, True) for c, side in ((64, 32), (128, 16), (256, 8), (512, 4))]
         layers += [(512, c, side, 2, half, True) for c, side in ((64, 32), (512, 4))]
