@@ -73,7 +73,8 @@ def training_batches(
     train = train.first(config.limit_train)
     if config.validation:
         train, _ = train.split(config.validation, config.seed)
-    stream = open_stream(config.loader, train, batch_size=config.batch_size, seed=config.seed, device=device)
+    # Whatever loader trained: all give the same batches, and another machine may lack that one.
+    stream = open_stream("auto", train, batch_size=config.batch_size, seed=config.seed, device=device)
     for batch in itertools.islice(stream.epoch(epoch), count):
         yield augmented(config, batch, epoch).contiguous(), batch.labels
 
