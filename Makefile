@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup train test lint types test-plain test-interpreted compile-kernels test-quick test-oldest clean
+.PHONY: help setup train test lint types test-plain test-interpreted compile-kernels test-quick test-oldest bench clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -50,6 +50,10 @@ test-quick: $(READY)
 # make test-oldest       the kernel tests on Python 3.12, torch 2.11 and Triton 3.6, in .venv-oldest
 test-oldest:
 	@scripts/oldest.sh
+
+# make bench            measure everything small against its baselines; ARGS=--commit-results keeps the result
+bench: $(READY)
+	@$(BIN)/python -m pytest bench -q -p no:xdist --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # make clean             remove the environment and caches, never runs/ or data/
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,19 @@ from arat_fast.environment import environment
 
 if TYPE_CHECKING:
     from arat_fast.benchmarks.ceilings import Ceilings
+
+PEERS = ("torchattacks", "timm")
+
+
+def peers() -> dict[str, str]:
+    """Versions of the packages that are measured beside this one, where they are installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def float32_products(device: torch.device) -> str:
@@ -27,6 +41,7 @@ def conditions(device: torch.device, ceilings: Ceilings | None, **more: object) 
     found: dict[str, object] = environment(device) | {
         "date": datetime.now(UTC).isoformat("T", "seconds"),
         "load_average": load,
+        "peers": peers(),
         "float32_convolutions": float32_products(device),
     }
     if ceilings is not None:

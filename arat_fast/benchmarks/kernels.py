@@ -72,8 +72,12 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(case: BenchmarkCase, repeats: int = REPEATS) -> list[Timing]:
-    """Check and time a case's variants and a copy of as many bytes."""
+def ring_of_calls(case: BenchmarkCase) -> tuple[dict[str, Callable[[], object]], int]:
+    """(calls by variant and "copy", how many times each calls its variant), shown to agree and warmed up.
+
+    A call goes round a ring of inputs; on a GPU it replays a captured graph. Raises AssertionError for a
+    variant that returns something else than "eager".
+    """
     torch.compiler.reset()  # cases share code, and Dynamo compiles one code object eight times at most
     first = case.make(0)
     on_gpu = first[0].is_cuda
@@ -104,8 +108,15 @@ def measure(case: BenchmarkCase, repeats: int = REPEATS) -> list[Timing]:
         calls = {name: captured(call).replay for name, call in calls.items()}
     for call in calls.values():
         call()
+    return calls, count
+
+
+def measure(case: BenchmarkCase, repeats: int = REPEATS) -> list[Timing]:
+    """Check and time a case's variants and a copy of as many bytes."""
+    calls, count = ring_of_calls(case)
+    device = case.make(0)[0].device
     results = []
-    for name, seconds in take_turns(calls, first[0].device, repeats).items():
+    for name, seconds in take_turns(calls, device, repeats).items():
         each = [1e6 * value / count for value in seconds]
         low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
         middle = statistics.median(each)

@@ -69,12 +69,17 @@ class LoaderOptions:
 Epoch = Callable[[int], Iterator[Tensor]]  # of an epoch's number: its float batches, on the device
 
 
+def synthetic_images(options: LoaderOptions) -> ImageSet:
+    """Random bytes of the asked number and size."""
+    generator = np.random.default_rng(SEED)
+    shape = (options.images or 50_000, options.side, options.side, 3)
+    images = generator.integers(0, 256, shape, dtype=np.uint8)
+    return ImageSet(images, generator.integers(0, 10, len(images)), 10, "random bytes")
+
+
 def _images(options: LoaderOptions) -> ImageSet:
     if options.dataset == "synthetic":
-        generator = np.random.default_rng(SEED)
-        shape = (options.images or 50_000, options.side, options.side, 3)
-        images = generator.integers(0, 256, shape, dtype=np.uint8)
-        return ImageSet(images, generator.integers(0, 10, len(images)), 10, "random bytes")
+        return synthetic_images(options)
     train, _ = sources.load(options.dataset, options.data_root)
     if train.is_photos:
         raise UserError(f"bench loaders measures images of one size; {options.dataset} holds photos")
