@@ -51,7 +51,7 @@ test-quick: $(READY)
 test-oldest:
 	@scripts/oldest.sh
 
-# make bench            measure everything small against its baselines; ARGS=--commit-results keeps the result
+# make bench             measure everything small against its baselines; ARGS=--commit-results keeps the result
 bench: $(READY)
 	@$(BIN)/python -m pytest bench -q -p no:xdist --benchmark-columns=median,iqr,rounds $(ARGS)
 
