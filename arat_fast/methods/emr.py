@@ -56,7 +56,7 @@ class EMR(Method):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # What makes the images require grad: a leaf, but no parameter, on the method's device.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros_like(self.coefficient).requires_grad_()
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from arat_fast.config import TrainConfig
 from arat_fast.errors import UserError, unknown_name
 from arat_fast.models import create_model
 from arat_fast.nn import from_authors
+
+log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
@@ -79,6 +82,11 @@ def build_fast(
 
     teacher: weights of arrest's teacher and start of its student; without, to be loaded from a checkpoint.
     """
+    if config.method.startswith("mail") and config.mail.start_epoch > config.epochs:
+        log.warning(
+            "mail.start_epoch %d is beyond the %d epochs: %s trains without its weights",
+            config.mail.start_epoch, config.epochs, config.method,
+        )  # fmt: skip
     start = dict(teacher or build_network(config, channels, num_classes).state_dict())
     branches = methods.branches_of(config)
     network = create_model(config.model, num_classes, channels, branches)
