@@ -7,6 +7,7 @@ prediction of a KL attack. Radius and step size are device tensors, which a capt
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from arat_fast.config import AttackConfig
 from arat_fast.kernels.pgd import pgd_step_
 from arat_fast.kernels.random_start import Kind, random_start
-from arat_fast.nn import FoldedModel, bn_mode, use_branch
+from arat_fast.nn import FoldedModel, SplitBatchNorm2d, bn_mode, use_branch
 from arat_fast.training.precision import LowPrecisionTwin
 
 # Keeps the small gradients of an fp16 attack from vanishing; sign and L2 normalisation do not see it.
@@ -52,7 +53,9 @@ class AttackPass:
         dtype: torch.dtype,
         seed: Tensor,
         offset: Tensor,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self.autocast = autocast
         self.model, self.twin, self.settings, self.dtype = model, twin, settings, dtype
         self.seed, self.offset = seed, offset
         wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -117,10 +120,12 @@ class AttackPass:
     def _clean_probabilities(self, images: Tensor) -> Tensor:
         """The target of the KL attack, a constant of the iteration: one forward, statistics left alone."""
         with bn_mode(self.model, "running" if self.settings.bn == "running" else "batch", update=False):
-            return F.softmax(self._wide(self.attacked.module(images.to(self.dtype))), 1)
+            return F.softmax(self._logits(images.to(self.dtype)), 1)
 
     def _refresh_folded(self, images: Tensor) -> None:
         """Fold the branch's running statistics into the convolutions, once an iteration."""
+        if not any(isinstance(layer, SplitBatchNorm2d) for layer in self.model.modules()):
+            return  # nothing to fold: LayerNorm has no statistics
         if self.folded is None:
             self.folded = FoldedModel(self.model, self.settings.branch, images[:2])
             self.attacked = LowPrecisionTwin(self.folded.module, self.dtype)
@@ -131,11 +136,13 @@ class AttackPass:
         """Gradient of the objective with respect to x: no weight gradient is ever computed."""
         with torch.enable_grad():
             at = x.detach() + leaf
-            loss = objective(self._wide(self.attacked.module(at)), target, self.settings.loss)
+            loss = objective(self._logits(at), target, self.settings.loss)
             if self.dtype is torch.float16:
                 loss = loss * _FP16_SCALE
             (gradient,) = torch.autograd.grad(loss, at)
         return gradient
 
-    def _wide(self, logits: Tensor) -> Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            logits: Tensor = self.attacked.module(x)
         return logits if logits.dtype is torch.float64 else logits.float()

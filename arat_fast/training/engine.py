@@ -4,6 +4,7 @@ both.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from arat_fast.nn import (
     to_authors,
     use_branch,
 )
+from arat_fast.training.adopt import adopt
 from arat_fast.training.build import build_fast, build_method, build_network, build_optimizer
 from arat_fast.training.distributed import ALONE, World
 from arat_fast.training.finite import FiniteGuard
@@ -81,7 +83,12 @@ class Engine(Protocol):
 
 
 def augmented(config: TrainConfig, batch: Batch, epoch: int) -> Tensor:
-    """Cropped and flipped images (N, C, H, W) in [0, 1]: a function of (seed, epoch, index) alone."""
+    """Cropped and flipped images (N, C, H, W) in [0, 1]: a function of (seed, epoch, index) alone.
+
+    Float images of a user's loader are taken as they are.
+    """
+    if batch.images.is_floating_point():
+        return batch.images.contiguous(memory_format=torch.channels_last)
     return random_crop_flip(
         batch.images,
         batch.indices,
@@ -193,11 +200,16 @@ class FastEngine:
         device: torch.device,
         world: World = ALONE,
         resumed: bool = False,
+        model: nn.Module | None = None,
     ) -> None:
         self.config, self.device = config, device
         self._shape = (num_classes, channels)
-        teacher = None if resumed else load_teacher(config, channels, num_classes)
-        self.network, self.method = build_fast(config, channels, num_classes, teacher)
+        self._own = model is not None
+        if model is None:
+            teacher = None if resumed else load_teacher(config, channels, num_classes)
+            self.network, self.method = build_fast(config, channels, num_classes, teacher)
+        else:
+            self.network, self.method = adopt(config, model, channels, num_classes)
         self.network.to(device)
         self.method.to(device)
         self.optimizer = build_optimizer(config, self.parameters(), fused=True)
@@ -246,6 +258,8 @@ class FastEngine:
     def iterate(self, batch: Batch, epoch: int, step: int) -> dict[str, Tensor]:
         """One training iteration."""
         self.step.seek(epoch, step)
+        if batch.images.is_floating_point():  # a user's loader has augmented
+            return self.step(batch.images, batch.labels)
         return self.step(batch.images, batch.labels, batch.indices, resident=batch.resident)
 
     @torch.no_grad()
@@ -269,7 +283,9 @@ class FastEngine:
 
     def state(self) -> State:
         """Network and predictors in the reference's names."""
-        network = _reference_names(self.network.state_dict())
+        network = self.network.state_dict()
+        if not self._own:
+            network = _reference_names(network)
         named = {f"network.{name}": value for name, value in network.items()}
         return named | dict(self.method.state_dict())
 
@@ -278,11 +294,16 @@ class FastEngine:
         prefix = "network."
         network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
-        self.network.load_state_dict(from_authors(network) if _split(self.config) else network)
+        renamed = _split(self.config) and not self._own
+        self.network.load_state_dict(from_authors(network) if renamed else network)
         self.method.load_state_dict(rest)
 
     def plain_network(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
-        """The reference network with the present parameters, or those given."""
+        """The reference network with the present parameters, or those given; of a user's network a copy."""
+        if self._own:
+            copied = copy.deepcopy(self.network)
+            copied.load_state_dict(self.network.state_dict() | (weights or {}))
+            return copied
         state = self.network.state_dict() | (weights or {})
         plain = reference.MODELS[self.config.model](*self._shape, _split(self.config))
         plain.load_state_dict(_reference_names(state))
@@ -297,17 +318,21 @@ def build_engine(
     world: World = ALONE,
     *,
     resumed: bool = False,
+    model: nn.Module | None = None,
 ) -> Engine:
-    """The configured engine; `resumed`: a checkpoint follows, and no other run's teacher is read.
+    """The configured engine; `resumed`: a checkpoint follows, and no other run's teacher is read. `model`
+    takes the place of the configured network.
 
     Raises UserError for an unknown layer to tap, a teacher that is missing or does not fit, or a reference
     engine with what it does not know, or that several processes should share.
     """
     if config.engine == "reference":
+        if model is not None:
+            raise UserError("engine reference trains its own networks; use engine fast for yours")
         if world.size > 1:
             raise UserError("--engine reference runs in one process; use --engine fast with torchrun")
         return ReferenceEngine(config, channels, num_classes, device)
-    return FastEngine(config, channels, num_classes, device, world, resumed)
+    return FastEngine(config, channels, num_classes, device, world, resumed, model)
 
 
 def _check_reference_attack(config: TrainConfig) -> None:

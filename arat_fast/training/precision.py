@@ -45,6 +45,22 @@ def set_float32_products(name: Precision) -> None:
         torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]
 
 
+_CASTABLE = (nn.Conv2d, nn.Linear, SplitBatchNorm2d)
+
+
+def can_be_cast(model: nn.Module) -> bool:
+    """Whether `LowPrecisionTwin` knows every layer that holds floats.
+
+    A model with others, or with a mean and deviation of its own, runs under autocast.
+    """
+
+    def holds_floats(layer: nn.Module) -> bool:
+        own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+        return any(tensor.is_floating_point() for tensor in own)
+
+    return all(isinstance(layer, _CASTABLE) for layer in model.modules() if holds_floats(layer))
+
+
 class LowPrecisionTwin:
     """The model with convolutions and linear layers in a low precision; everything else is the model's own.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -19,12 +20,20 @@ from torch import Tensor, nn
 from arat_fast.config import AttackConfig, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.methods.base import Method, Outputs
-from arat_fast.nn import bind_branches, bn_mode, use_branch
+from arat_fast.nn import SplitBatchNorm2d, bind_branches, bn_mode, use_branch
+from arat_fast.nn.branch_state import BranchState, shared_state
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import CannotCapture, CapturedIteration, CudaGraph, Graph, make_capturable
 from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
 from arat_fast.training.finite import FiniteGuard
-from arat_fast.training.precision import DTYPES, LowPrecisionTwin, Precision, resolve_precision
+from arat_fast.training.precision import (
+    DTYPES,
+    LowPrecisionTwin,
+    Precision,
+    can_be_cast,
+    resolve_precision,
+)
+from arat_fast.training.taps import TapHooks
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +42,8 @@ class TrainStep:
     """A training iteration: `metrics = step(images, labels)`.
 
     Args:
-        model: a network of `arat_fast.models`, or any whose BatchNorms are `SplitBatchNorm2d`; channels-last.
+        model: a network of `arat_fast.models`, or any whose BatchNorms are `SplitBatchNorm2d`, or that has
+            none; channels-last. Layers that cannot be cast (LayerNorm, attention) run under autocast.
         method: the objective. Its branches must be the model's.
         optimizer: over the parameters of model and method; its state may be restored before the first call.
         attack: radius, steps, loss, start and BatchNorm mode of the attack.
@@ -81,6 +91,11 @@ class TrainStep:
         _check_branches(model, method)
         self.precision = resolve_precision(precision, self.device)
         self.dtype = parameter.dtype if self.exact else DTYPES[self.precision]
+        self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        scaled = self.dtype is torch.float16
+        if self.dtype in (torch.bfloat16, torch.float16) and not can_be_cast(model):
+            self.autocast = partial(torch.autocast, self.device.type, self.dtype)
+            self.dtype = torch.float32
         self.twin = LowPrecisionTwin(model, self.dtype)
         # Counters on the device, so that a replayed graph counts on; their values on the host beside them.
         self.step, self.epoch, self.seed = (
@@ -89,10 +104,17 @@ class TrainStep:
         start_seed = self.seed if world.rank == 0 else self.seed + (world.rank << 32)
         self._at = (1, 0)
         self.attack = AttackPass(
-            model, self.twin, self.settings, dtype=self.dtype, seed=start_seed, offset=self.step
+            model,
+            self.twin,
+            self.settings,
+            dtype=self.dtype,
+            seed=start_seed,
+            offset=self.step,
+            autocast=self.autocast,
         )
+        self.taps = TapHooks(self.twin.module, method.taps)
         self.scaler = (
-            torch.amp.GradScaler(self.device.type) if self.dtype is torch.float16 else None  # type: ignore[attr-defined]
+            torch.amp.GradScaler(self.device.type) if scaled else None  # type: ignore[attr-defined]
         )
         self.guard: FiniteGuard | None = None
         self._guarded = guard
@@ -245,9 +267,9 @@ class TrainStep:
             part = images if name == "clean" else x_adv
             assert part is not None
             chosen.append(part.to(self.dtype))
-        taps = dict.fromkeys(method.taps, images)
-        batch = torch.cat(chosen) if len(chosen) > 1 else chosen[0]
-        logits = self._wide(self.twin.module(batch, taps) if taps else self.twin.module(batch))
+        with self.autocast():
+            logits, taps = self.taps(torch.cat(chosen) if len(chosen) > 1 else chosen[0])
+        logits = self._wide(logits)
         outputs = Outputs(images=images, x_adv=x_adv, network=self._inference)
         count = len(chosen)
         for k, name in enumerate(method.plan):
@@ -263,7 +285,7 @@ class TrainStep:
     def _inference(self, x: Tensor) -> Tensor:
         """Logits by running statistics of the inference branch; differentiable twice."""
         branch = "adv" if "adv" in self.method.branches else self.method.branches[-1]
-        with use_branch(self.model, branch), bn_mode(self.model, "running"):
+        with use_branch(self.model, branch), bn_mode(self.model, "running"), self.autocast():
             return self._wide(self.twin.module(x.to(self.dtype)))
 
     def _train(
@@ -303,7 +325,16 @@ class TrainStep:
 
 
 def _check_branches(model: nn.Module, method: Method) -> None:
-    have = bind_branches(model).branches
+    if not any(isinstance(layer, nn.BatchNorm2d | SplitBatchNorm2d) for layer in model.modules()):
+        if len(method.branches) > 1:
+            raise ValueError(
+                f"{type(method).__name__} uses the BatchNorm branches {method.branches}; "
+                f"{type(model).__name__} has no BatchNorm2d to split. Choose a method with one branch "
+                "(ARAT: split_bn=False)"
+            )
+        # Nothing to choose from: a state of its own lets the same calls work.
+        model._branch_state = BranchState(method.branches)  # type: ignore[assignment]
+    have = (shared_state(model) or bind_branches(model)).branches
     missing = [b for b in method.branches if b not in have]
     if missing or len(method.branches) != len(have):
         raise ValueError(

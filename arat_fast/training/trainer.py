@@ -22,6 +22,7 @@ from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
 from arat_fast.loaders.choose import open_stream
 from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import WHOLE, Batch, Shard, Stream, counter_seed
+from arat_fast.training.adopt import Loader, LoaderStream, OwnData, look_at
 from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
 from arat_fast.training.build import pick_device
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
@@ -55,6 +56,9 @@ FREE_KEYS = (
 class Trainer:
     """One run in one directory, from its configuration and its training images.
 
+    train: the training images; or `loaders`, a DataLoader of float images (N, C, H, W) in [0, 1] and int64
+    labels, with `model`, a network of your own: its BatchNorms are given the method's branches, in place.
+
     `resume` continues from last.pt where there is one: the same batches, crops and attack starts follow, so
     that on CPU an interrupted run ends with the weights of an uninterrupted one, bit for bit.
     """
@@ -62,9 +66,11 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        train: ImageSource,
-        run_dir: Path,
+        train: ImageSource | None = None,
+        run_dir: Path | None = None,
         *,
+        model: nn.Module | None = None,
+        loaders: Loader | None = None,
         resume: bool = False,
         tensorboard: bool = False,
         world: World = ALONE,
@@ -72,16 +78,28 @@ class Trainer:
         self.config = config = resolved(config)
         self.world = world
         self.device = pick_device(config.device)
+        if run_dir is None:
+            raise ValueError("run_dir is None; give the folder of the run")
+        if (train is None) == (loaders is None):
+            raise ValueError("give the training images as `train`, or a DataLoader as `loaders`; not both")
         local_batch = world.local_batch(config.batch_size)
-        self.train_images, self.validation_images = self._split(config, train)
+        self.train_images: ImageSource | OwnData
+        self.validation_images: ImageSet | None = None
+        self._source: ImageSource | None = None
+        if train is not None:
+            self._source, self.validation_images = self._split(config, train)
+            self.train_images = self._source
+        else:
+            self.train_images = self._own_data(loaders, model)
         self.directory = RunDirectory(run_dir)
         self.engine = build_engine(
             config,
-            train.image_shape[2],
-            train.num_classes,
+            self.train_images.image_shape[2],
+            self.train_images.num_classes,
             self.device,
             world,
             resumed=resume and self.directory.last.exists(),
+            model=model,
         )
         self.network, self.optimizer = self.engine.network, self.engine.optimizer
         self.averages: dict[str, WeightAverage] = {}
@@ -89,7 +107,11 @@ class Trainer:
             self.averages["swa"] = WeightAverage(self.network)
         if config.averaging.ema_decay:
             self.averages["ema"] = WeightAverage(self.network, config.averaging.ema_decay)
-        self.stream = self._open_stream(local_batch, world.shard)
+        self.stream: Stream
+        if loaders is None:
+            self.stream = self._open_stream(local_batch, world.shard)
+        else:
+            self.stream = LoaderStream(loaders, config.seed, self.device)
         self.epoch, self.batch = 1, 0  # the next iteration's place: epoch from 1, batch from 0
         self.sums: dict[str, Tensor] = {}  # image-weighted metrics of the epoch so far
         self.images_seen, self.seconds = 0, 0.0
@@ -99,6 +121,15 @@ class Trainer:
         self._open(resume)
         tensorboard = tensorboard and world.is_main
         self.writer = summary_writer(run_dir / "tensorboard", self.epoch) if tensorboard else None
+
+    def _own_data(self, loaders: Loader | None, model: nn.Module | None) -> OwnData:
+        if loaders is None or model is None:
+            raise ValueError("`loaders` needs `model`: the network that takes its batches")
+        if self.world.size > 1:
+            raise UserError("several processes share the project's own loaders, not yours: give `train`")
+        if self.config.validation or self.config.limit_train:
+            raise UserError("validation and limit_train are of the project's own loaders; drop them")
+        return look_at(loaders, model)
 
     @staticmethod
     def _split(config: TrainConfig, train: ImageSource) -> tuple[ImageSource, ImageSet | None]:
@@ -125,9 +156,10 @@ class Trainer:
 
     def _open_stream(self, batch_size: int, shard: Shard) -> Stream:
         config = self.config
+        assert self._source is not None
         return open_stream(
             config.loader,
-            self.train_images,
+            self._source,
             batch_size=batch_size,
             seed=config.seed,
             device=self.device,

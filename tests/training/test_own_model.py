@@ -1,0 +1,165 @@
+"""A user's network and DataLoader through TrainStep and Trainer: any residual network, ViT, own layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from arat_fast import methods
+from arat_fast.config import ARATConfig, AttackConfig, TrainConfig
+from arat_fast.errors import UserError
+from arat_fast.loaders.torchvision_import import torchvision
+from arat_fast.nn import convert_split_bn
+from arat_fast.training.step import TrainStep
+from arat_fast.training.trainer import Trainer
+
+
+class Normalised(nn.Module):
+    """Mean and deviation inside, dropout before the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mu", torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1))
+        self.register_buffer("sigma", torch.tensor([0.2, 0.2, 0.3]).view(3, 1, 1))
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16)
+        self.drop, self.linear = nn.Dropout(0.1), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1((x - self.mu) / self.sigma)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        logits: Tensor = self.linear(self.drop(x.mean((2, 3))))
+        return logits
+
+
+class Transformer(nn.Module):
+    """A small ViT: LayerNorm and attention, no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = torchvision.models.VisionTransformer(
+            image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=4
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.vit(x)
+        return logits
+
+
+def loader(shuffle: bool = True) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(48) % 4
+    images = torch.rand(48, 3, 8, 8, generator=generator) * 0.2
+    images[:, 0] += labels.view(-1, 1, 1) / 4  # something to learn
+    return DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=shuffle)
+
+
+def config(**changes: Any) -> TrainConfig:
+    small = TrainConfig(epochs=6, learning_rate=0.03, first_epoch_learning_rate=None, device="cpu", drops=())
+    small = dataclasses.replace(
+        small, attack=AttackConfig(steps=2), arat=ARATConfig(gamma=1.0, layers=("bn2",))
+    )
+    return dataclasses.replace(small, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        (Normalised, {"method": "arat"}),
+        (Normalised, {"method": "trades"}),
+        (Normalised, {"method": "at", "precision": "bf16"}),
+        (Transformer, {"method": "at"}),
+        (Transformer, {"method": "trades", "precision": "bf16"}),
+    ],
+)
+def test_a_users_model_trains_resumes_and_keeps_its_names(
+    model: type[nn.Module], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    whole = Trainer(config(**changes), run_dir=tmp_path / "whole", model=model(), loaders=loader())
+    whole.run()
+    lines = whole.directory.metrics()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    torch.manual_seed(0)
+    part = Trainer(config(**changes, epochs=2), run_dir=tmp_path / "part", model=model(), loaders=loader())
+    part.run()
+    torch.manual_seed(1)  # other weights, which the checkpoint replaces
+    rest = Trainer(config(**changes), run_dir=tmp_path / "part", model=model(), loaders=loader(), resume=True)
+    assert rest.epoch == 3  # of 6
+    rest.run()
+    assert rest.directory.metrics()[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.3)
+    names = {name.removeprefix("network.") for name in rest.engine.state() if name.startswith("network.")}
+    assert names >= set(dict(model().named_parameters()))
+    plain = rest.engine.plain_network().eval()
+    x = next(iter(loader(shuffle=False)))[0].contiguous(memory_format=torch.channels_last)
+    rest.network.eval()
+    torch.testing.assert_close(plain(x), rest.network(x))
+
+
+def test_taps_by_hooks_are_the_pooled_relu_of_the_layer() -> None:
+    torch.manual_seed(0)
+    model = convert_split_bn(Normalised()).eval()
+    dims = {"bn2": 16}
+    method = methods.ARAT(ARATConfig(), dims)
+    optimizer = torch.optim.SGD([*model.parameters(), *method.parameters()], lr=0.1)
+    step = TrainStep(model, method, optimizer, attack=AttackConfig(), precision="fp32", compiled=False)
+    x = next(iter(loader(shuffle=False)))[0].contiguous(memory_format=torch.channels_last)
+    logits, taps = step.taps(x)
+    hidden = torch.relu(model.bn1(model.conv1((x - model.mu) / model.sigma)))
+    expected = torch.relu(model.bn2(model.conv2(hidden))).mean((2, 3))
+    torch.testing.assert_close(taps["bn2"], expected)
+    torch.testing.assert_close(logits, model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", [Normalised, Transformer])
+def test_a_users_model_compiles_without_a_graph_break(model: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = model()
+    split = model is Normalised
+    if split:
+        network = convert_split_bn(network)
+    method: methods.Method = methods.ARAT(ARATConfig(gamma=1.0), {"bn2": 16}) if split else methods.AT()
+    optimizer = torch.optim.SGD([*network.parameters(), *method.parameters()], lr=0.05)
+    step = TrainStep(network, method, optimizer, attack=AttackConfig(steps=2), precision="bf16")
+    x, y = next(iter(loader(shuffle=False)))
+    losses = [float(step(x, y)["loss"]) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    def batches(images: Tensor, labels: Tensor) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(images, labels), batch_size=4)
+
+    x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
+    for wrong, message in [
+        (batches(x * 255, y), r"pixels reach from .* expected \[0, 1\]. Normalise inside the model"),
+        (batches(x.double(), y), "images are torch.float64"),
+        (batches(x, y.float()), "labels are torch.float32"),
+        (batches(x, y + 3), "labels reach 6; expected"),
+        (iter([(x, y)]), "has no length"),
+        ([], "is empty"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            Trainer(config(), run_dir=tmp_path / "run", model=Normalised(), loaders=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="splits BatchNorm by branch, and Transformer has none"):
+        Trainer(config(), run_dir=tmp_path / "run", model=Transformer(), loaders=loader())
+    with pytest.raises(ValueError, match="`loaders` needs `model`"):
+        Trainer(config(), run_dir=tmp_path / "run", loaders=loader())
+    with pytest.raises(ValueError, match="run_dir is None"):
+        Trainer(config(), model=Normalised(), loaders=loader())
+    method = methods.ARAT(ARATConfig(), {"bn2": 16})
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"has no BatchNorm2d to split\. Choose a method with one branch"):
+        TrainStep(Transformer(), method, optimizer, attack=AttackConfig())
+    with pytest.raises(ValueError, match="convert it with convert_split_bn"):
+        TrainStep(Normalised(), method, optimizer, attack=AttackConfig())
+    assert not (tmp_path / "run").exists()
