@@ -214,6 +214,22 @@ def test_the_kl_attack_sees_the_students_running_statistics_only() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_cached_clean_probabilities_give_the_uncached_attacks_images() -> None:
+    """TRADES as published: softmax(f(x)) anew in each of the steps, eval mode."""
+    plain, ours = pair()
+    plain.eval()
+    step = step_of(ours, TRADES(TRADESConfig()), attack=AttackConfig(steps=5, eps=0.031, alpha=0.007))
+    x, _, y = images()
+    _, x_adv = step.attack(x.contiguous(memory_format=torch.channels_last), y)
+    expected = step.attack._start(x.contiguous(memory_format=torch.channels_last), None)
+    for _ in range(5):
+        at = expected.detach().requires_grad_()
+        loss = F.kl_div(plain(at).log_softmax(1), plain(x).softmax(1), reduction="sum")
+        (g,) = torch.autograd.grad(loss, at)
+        expected = torch.min(torch.max(at.detach() + 0.007 * g.sign(), x - 0.031), x + 0.031).clamp(0, 1)
+    torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_gives_losses_wide_logits_and_close_terms(precision: str) -> None:
     x, x_adv, y = (t.float() if t.is_floating_point() else t for t in images())
