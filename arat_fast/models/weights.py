@@ -1,0 +1,145 @@
+"""Weights of a file, ours or another program's, into a model: read safely, checked entry by entry."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arat_fast.errors import UserError
+from arat_fast.nn import SplitBatchNorm2d, single_branch
+from arat_fast.nn.foreign import split_branches, under_our_names
+
+__all__ = ["fit_weights", "load_weights", "read_weights"]
+
+# Where training programs put the weights, beside epoch and optimizer.
+_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "net", "model", "network")
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The state_dict in a .pt, .pth or .safetensors file, under the file's own names; on the CPU.
+
+    Raises UserError for a file that is missing or damaged, that holds pickled code, or no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file of weights at {path}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state = _weights_in(content)
+    if state is None:
+        kind = type(content).__name__
+        inside = f" with {', '.join(sorted(map(str, content))[:5])}" if isinstance(content, Mapping) else ""
+        raise UserError(
+            f"{path} holds no weights: a {kind}{inside}; expected a state_dict, or one under "
+            f"{', '.join(_CONTAINERS)}"
+        )
+    return state
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} needs safetensors: pip install 'arat-fast[export]'") from None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of foreign bytes the unpickler makes anything, IndexError included
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            raise UserError(
+                f"{path} holds pickled objects, which are not loaded because loading runs their code; save "
+                "model.state_dict() where it was written"
+            ) from None
+        known = isinstance(error, pickle.UnpicklingError)
+        reason = "not one of torch.save" if known else str(error).split("\n")[0]
+        raise UserError(f"{path} is not a readable checkpoint ({reason})") from None
+
+
+def _weights_in(content: Any) -> dict[str, Tensor] | None:
+    if not isinstance(content, Mapping) or not content:
+        return None
+    if all(isinstance(value, Tensor) for value in content.values()):
+        return {str(key): value for key, value in content.items()}
+    if "format" in content and isinstance(content.get("method"), Mapping):  # `arat-fast train`'s own
+        prefix = "network."
+        return {k: v for k, v in content["method"].items() if k.startswith(prefix)} or None
+    for name in _CONTAINERS:
+        if (found := _weights_in(content.get(name))) is not None:
+            return found
+    return None
+
+
+def load_weights(model: nn.Module, path: Path | str, branch: str = "adv") -> nn.Module:
+    """Load a file's weights into `model`, and return it.
+
+    Reads what `arat-fast` wrote, the ARAT authors' checkpoints, timm's (split BN with `aux_bn`, or plain) and
+    plain CIFAR networks of the usual names. Weights with single BatchNorms fill every branch of a model with
+    split ones.
+
+    Args:
+        model: as `create_model` builds it, or any other.
+        path: .pt, .pth or .safetensors.
+        branch: of split weights, for a model with single BatchNorms: clean or adv.
+
+    Raises:
+        UserError: what `read_weights` raises; weights of another network, of other shapes or of another
+        number of classes, named with both. The model is unchanged then.
+    """
+    fit_weights(model, read_weights(path), branch, str(path))
+    return model
+
+
+def fit_weights(model: nn.Module, state: Mapping[str, Tensor], branch: str, source: str) -> None:
+    """Load a state_dict of any known layout; see `load_weights`. `source` is named in errors."""
+    wanted = model.state_dict()
+    try:
+        state = under_our_names(state, wanted.keys())
+        count = split_branches(state)
+        layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
+        if count and (not layers or len(layers[0].branches) == 1):
+            state = single_branch(state, branch, ("clean", "adv"))
+            count = 0
+    except ValueError as error:
+        raise UserError(f"{source} cannot be read: {error}") from None
+    _check_fit(model, state, source, count)
+    model.load_state_dict(dict(state))
+
+
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str, split: int) -> None:
+    wanted = model.state_dict()
+    name = type(model).__name__
+    missing = [key for key in wanted if key not in state]
+    extra = [key for key in state if key not in wanted]
+    if missing or extra:
+        lacks = f"has no {missing[0]} ({len(missing)} of {len(wanted)} entries missing)" if missing else ""
+        more = f"has {extra[0]} that the model lacks ({len(extra)} such)" if extra else ""
+        raise UserError(
+            f"{source} is of another network than {name}: it {' and '.join(filter(None, (lacks, more)))}"
+        )
+    # A single BatchNorm's entries fill each branch of ours.
+    stacked = set() if split else {n for n, m in model.named_modules() if isinstance(m, SplitBatchNorm2d)}
+    shapes = {k: v.shape[1:] if k.rpartition(".")[0] in stacked else v.shape for k, v in wanted.items()}
+    wrong = {k: v for k, v in state.items() if v.shape != shapes[k]}
+    if not wrong:
+        return
+    key, value = next(iter(wrong.items()))
+    last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
+    if {k.rpartition(".")[0] for k in wrong} == set(last) and value.shape[1:] == shapes[key][1:]:
+        raise UserError(
+            f"{source} is for {value.shape[0]} classes ({key} is {tuple(value.shape)}); "
+            f"the model has {shapes[key][0]}"
+        )
+    raise UserError(
+        f"{source} does not fit {name}: {key} is {tuple(value.shape)}, expected {tuple(shapes[key])}"
+    )
