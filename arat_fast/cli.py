@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("arat_fast.commands.evaluate", "measure a run's accuracy: clean, PGD, AutoAttack"),
     "analyze": ("arat_fast.commands.analyze", "why a run does what it does: gradients, features, margins"),
     "compare": ("arat_fast.commands.compare", "runs side by side: accuracy, images/s, hours"),
+    "export": ("arat_fast.commands.export", "write a trained network for programs without arat-fast"),
     "data": ("arat_fast.commands.data", "write .beton files for FFCV, or check them"),
     "bench": ("arat_fast.commands.bench", "measure kernels and loaders"),
     "runs": ("arat_fast.commands.runs", "list runs with their state and figures"),
