@@ -10,8 +10,13 @@ from arat_fast.errors import unknown_name
 # name -> (module with main(arguments), what it measures)
 BENCHMARKS = {
     "kernels": ("arat_fast.benchmarks.kernels", "Triton kernels on a GPU, or --compile-only without one"),
+    "attack": ("arat_fast.benchmarks.attack", "PGD attacks against eager PyTorch and torchattacks"),
     "step": ("arat_fast.benchmarks.step", "a whole ARAT iteration against the eager reference"),
     "loaders": ("arat_fast.benchmarks.loaders", "images/s of each loader alone"),
+    "ceilings": ("arat_fast.benchmarks.ceilings", "what the device can do at most: products and copies"),
+    "all": ("arat_fast.benchmarks.everything", "all of them, small: a summary, one JSON, pictures"),
+    "doctor": ("arat_fast.benchmarks.doctor", "what bounds a training run here, and what to do about it"),
+    "plots": ("arat_fast.benchmarks.plots", "pictures of the JSON that the others wrote"),
 }
 
 
