@@ -151,6 +151,10 @@ class TrainStep:
             return self.captured(inputs)
         return self._iterate(images, labels, indices, resident)
 
+    def is_compiled(self, count: int) -> bool:
+        """Whether batches of `count` images run compiled."""
+        return self._compiled_for == (count,)
+
     def seek(self, epoch: int, step: int) -> None:
         """Set the counters that crops and attack starts are drawn from; does nothing where they are there."""
         if self._at[0] != epoch:
@@ -229,7 +233,7 @@ class TrainStep:
         resident: bool,
         x_adv: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        compiled = self._compiled_for == labels.shape
+        compiled = self.is_compiled(len(labels))
         if indices is not None:
             images = random_crop_flip(
                 images,
