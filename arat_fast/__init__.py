@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arat_fast.accelerate import accelerate as accelerate
-    from arat_fast.accelerate import revert as revert
+    from arat_fast.acceleration import accelerate as accelerate
+    from arat_fast.acceleration import revert as revert
     from arat_fast.attacks import PGD as PGD
     from arat_fast.config import AttackConfig as AttackConfig
     from arat_fast.config import TrainConfig as TrainConfig
@@ -39,7 +39,7 @@ _PUBLIC = {
     "TrainConfig": "arat_fast.config",
     "TrainStep": "arat_fast.training.step",
     "Trainer": "arat_fast.training.trainer",
-    "accelerate": "arat_fast.accelerate",
+    "accelerate": "arat_fast.acceleration",
     "bn_mode": "arat_fast.nn",
     "convert_split_bn": "arat_fast.nn",
     "create_model": "arat_fast.models",
@@ -48,7 +48,7 @@ _PUBLIC = {
     "pgd_step_": "arat_fast.kernels.pgd",
     "random_crop_flip": "arat_fast.kernels.augment",
     "random_start": "arat_fast.kernels.random_start",
-    "revert": "arat_fast.accelerate",
+    "revert": "arat_fast.acceleration",
     "revert_split_bn": "arat_fast.nn",
     "split_batch_norm": "arat_fast.kernels.split_batch_norm",
     "use_branch": "arat_fast.nn",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arat_fast import reference
+from arat_fast.analysis.collect import Collector
 from arat_fast.config import TrainConfig, resolved, to_mapping
 from arat_fast.environment import environment
 from arat_fast.errors import StopRequested, TrainingError, UserError
@@ -119,8 +120,26 @@ class Trainer:
         self.balance: float | None = None  # auto-balance's weight in this epoch
         self.recalibrated: dict[str, dict[str, Tensor]] = {}
         self._open(resume)
+        self.collector = self._make_collector(model)
         tensorboard = tensorboard and world.is_main
         self.writer = summary_writer(run_dir / "tensorboard", self.epoch) if tensorboard else None
+
+    def _make_collector(self, model: nn.Module | None) -> Collector | None:
+        """What measures gradient conflict on the way, on rank 0; None where it is not asked for."""
+        if not self.config.analysis_every or not self.world.is_main:
+            return None
+        if model is not None:
+            raise UserError("analysis_every rebuilds the network from its name; it cannot measure yours")
+        collector = Collector(
+            self.config.analysis_every,
+            self.directory.path,
+            config=self.config,
+            channels=self.train_images.image_shape[2],
+            num_classes=self.train_images.num_classes,
+            device=self.device,
+        )
+        collector.forget_from(self.epoch * len(self.stream) + self.batch)
+        return collector
 
     def _own_data(self, loaders: Loader | None, model: nn.Module | None) -> OwnData:
         if loaders is None or model is None:
@@ -306,6 +325,13 @@ class Trainer:
         count = float(len(batch.labels))
         torch._foreach_add_(list(self.sums.values()), torch._foreach_mul(list(metrics.values()), count))
         self.images_seen += len(batch.labels)
+        if self.collector is not None:
+            self.collector.after_step(
+                step,
+                self.epoch,
+                state=self.engine.state,
+                batch=lambda: (augmented(self.config, batch, self.epoch), batch.labels),
+            )
         averaging = self.config.averaging
         if swa_due(averaging.swa_start, averaging.swa_every, self.epoch, self.batch, len(self.stream)):
             self.averages["swa"].update(self.network)
@@ -356,6 +382,9 @@ class Trainer:
             line["balance"] = balance
         if self.validation_images is not None:
             line |= self.world.from_main(self._validate(self.validation_images) if self.world.is_main else {})
+        if self.collector is not None:
+            step = self.epoch * len(self.stream) + self.batch - 1
+            self.collector.end_epoch(self.epoch, step, state=self.engine.state)
         if self.world.is_main:
             self.directory.append_metrics(line)
         log.info("%s", describe(line, self.config.epochs))
