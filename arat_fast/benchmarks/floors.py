@@ -91,9 +91,7 @@ class Floors:
     flop: float
     bytes: float
 
-    def images_per_second(
-        self, flop_per_second: float, bytes_per_second: float
-    ) -> tuple[float, float, float]:
+    def limits(self, flop_per_second: float, bytes_per_second: float) -> tuple[float, float, float]:
         """Images/s by (arithmetic, bytes, both in turn, as when nothing overlaps)."""
         by_flop, by_bytes = self.flop / flop_per_second, self.bytes / bytes_per_second
         return 1 / by_flop, 1 / by_bytes, 1 / (by_flop + by_bytes)
