@@ -27,7 +27,7 @@ assert faster.report.replaced == ("1",), faster.report
 import arat_fast
 assert arat_fast.__file__.startswith(root)
 # What it needs and does not name: nothing of these.
-assert not {"pydantic", "yaml", "tyro", "torchvision", "tqdm"} & set(sys.modules)
+assert not {"pydantic", "yaml", "tyro", "torchvision"} & set(sys.modules)
 torch.save((model(x).detach(), x_adv), "out.pt")
 """
 
