@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kernel tests on the oldest supported stack: Python 3.12, torch 2.11, Triton 3.6 (and a NumPy newer than Triton
+# Kernel and training tests on the oldest supported stack: Python 3.12, torch 2.11, Triton 3.6 (and a NumPy newer than Triton
 # 3.6 was made for). Twice: reference twins, then the kernels in Triton's interpreter. No GPU is used.
 #
 #   scripts/oldest.sh [pytest arguments]
@@ -21,7 +21,7 @@ find_python() {
 }
 
 complete='
-import numpy, pytest, pytest_timeout, torch, torchvision, triton
+import numpy, pytest, pytest_timeout, sklearn, torch, torchvision, triton
 import arat_fast.config, arat_fast.kernels.dispatch
 versions = torch.__version__[:5], triton.__version__[:4], numpy.__version__[:4]
 assert versions == ("2.11.", "3.6.", "2.5."), versions
@@ -33,7 +33,7 @@ if ! "$venv/bin/python" -c "$complete" 2>/dev/null; then
         exit 2
     fi
     "$python" -m venv "$venv"
-    "$venv/bin/pip" install --quiet --editable . "torch==2.11.*" "torchvision==0.26.*" "triton==3.6.*" \
+    "$venv/bin/pip" install --quiet --editable ".[digits]" "torch==2.11.*" "torchvision==0.26.*" "triton==3.6.*" \
         "numpy==2.5.*" "pytest>=8.3,<10" "pytest-timeout>=2.3,<3"
     "$venv/bin/python" -c "$complete"
 fi
@@ -41,6 +41,9 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 echo "oldest stack, reference twins"
 env -u TRITON_INTERPRET "$venv/bin/python" -m pytest -q -m "not gpu" tests/kernels "$@"
+echo "oldest stack, the training iteration"
+env -u TRITON_INTERPRET "$venv/bin/python" -m pytest -q -m "not gpu" tests/nn tests/training tests/methods --deselect \
+    tests/training/test_full_size.py "$@"
 echo "oldest stack, kernels in the interpreter"
 TRITON_INTERPRET=1 "$venv/bin/python" -m pytest -q -m "not gpu" tests/kernels "$@"
 echo "oldest stack, compiled for GPUs that are not here"
