@@ -15,6 +15,8 @@ from .split_batch_norm import SplitBatchNorm2d
 __all__ = ["bind_branches", "bn_mode", "convert_split_bn", "revert_split_bn", "use_branch"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+SplitT = TypeVar("SplitT", bound=SplitBatchNorm2d)
+BATCH_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class _Chosen:
@@ -104,7 +106,7 @@ def bn_mode(model: nn.Module, statistics: Statistics, update: bool = True) -> _C
     return _Chosen(lambda: state.set_mode(*before))
 
 
-def _replace(model: nn.Module, build: Callable[[str, nn.Module], nn.Module | None]) -> int:
+def replace_modules(model: nn.Module, build: Callable[[str, nn.Module], nn.Module | None]) -> int:
     """Replace every submodule for which `build` returns a new one; a shared module stays shared."""
     built: dict[int, nn.Module | None] = {}
 
@@ -123,7 +125,6 @@ def _replace(model: nn.Module, build: Callable[[str, nn.Module], nn.Module | Non
     return sum(new is not None for new in built.values())
 
 
-@torch.no_grad()
 def _split(path: str, module: nn.Module, branches: Sequence[str]) -> SplitBatchNorm2d | None:
     if isinstance(module, SplitBatchNorm2d):
         raise ValueError(f"{path or 'the model'} is split already; revert_split_bn first")
@@ -133,17 +134,20 @@ def _split(path: str, module: nn.Module, branches: Sequence[str]) -> SplitBatchN
         raise ValueError(
             f"{path} is a {type(module).__name__}; expected nn.BatchNorm2d itself, replace it first"
         )
-    mean, var, count = module.running_mean, module.running_var, module.num_batches_tracked
-    if not module.affine or mean is None or var is None or count is None:
+    if not module.affine or module.running_mean is None or module.running_var is None:
         raise ValueError(f"{path} has no affine parameters or running statistics; expected both")
-    split = SplitBatchNorm2d(
+    return split_copy(module, SplitBatchNorm2d, branches)
+
+
+@torch.no_grad()
+def split_copy(module: nn.BatchNorm2d, kind: type[SplitT], branches: Sequence[str]) -> SplitT:
+    """A `kind` whose branches are copies of an affine BatchNorm with running statistics."""
+    split = kind(
         module.num_features, branches, module.eps, module.momentum, module.weight.device, module.weight.dtype
     )
-    split.weight.copy_(module.weight.expand_as(split.weight))
-    split.bias.copy_(module.bias.expand_as(split.bias))
-    split.running_mean.copy_(mean.expand_as(split.running_mean))
-    split.running_var.copy_(var.expand_as(split.running_var))
-    split.num_batches_tracked.copy_(count.expand_as(split.num_batches_tracked))
+    for name in BATCH_NORM_ENTRIES:
+        entry = getattr(split, name)
+        entry.copy_(getattr(module, name).expand_as(entry))
     split.weight.requires_grad_(module.weight.requires_grad)
     split.bias.requires_grad_(module.bias.requires_grad)
     return split.train(module.training)
@@ -170,7 +174,7 @@ def convert_split_bn(
     if alone is not None:
         bind_branches(alone)
         return cast(ModuleT, alone)
-    if not _replace(model, lambda path, module: _split(path, module, branches)):
+    if not replace_modules(model, lambda path, module: _split(path, module, branches)):
         raise ValueError(f"{type(model).__name__} has no nn.BatchNorm2d to split")
     bind_branches(model)
     if channels_last:
@@ -192,7 +196,7 @@ def _plain(module: nn.Module, branch: str) -> nn.BatchNorm2d | None:
         device=module.weight.device,
         dtype=module.weight.dtype,
     )
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+    for name in BATCH_NORM_ENTRIES:
         getattr(plain, name).copy_(getattr(module, name)[k])
     plain.weight.requires_grad_(module.weight.requires_grad)
     plain.bias.requires_grad_(module.bias.requires_grad)
@@ -217,5 +221,5 @@ def revert_split_bn(model: ModuleT, branch: str) -> ModuleT:
     alone = _plain(model, branch)
     if alone is not None:
         return cast(ModuleT, alone)
-    _replace(model, lambda _, module: _plain(module, branch))
+    replace_modules(model, lambda _, module: _plain(module, branch))
     return model
