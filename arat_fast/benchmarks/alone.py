@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -110,15 +111,19 @@ def starts(
 ) -> dict[str, Start]:
     """Every variant's start, `jobs` at a time, each with caches of its own under `caches`.
 
-    What they compiled is then gathered in `caches/all`, for a process that runs all of them.
+    What each compiled is gathered in `caches/all`, for a process that runs all of them.
     """
+    gathering = Lock()
+
+    def start(variant: str) -> Start:
+        found = start_of(setting, variant, device, threads, caches / variant)
+        with gathering:
+            if (caches / variant).is_dir():
+                shutil.copytree(caches / variant, caches / "all", dirs_exist_ok=True)
+        return found
+
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        found = pool.map(lambda v: start_of(setting, v, device, threads, caches / v), variants)
-        result = dict(zip(variants, found, strict=True))
-    for variant in variants:
-        if (caches / variant).is_dir():
-            shutil.copytree(caches / variant, caches / "all", dirs_exist_ok=True)
-    return result
+        return dict(zip(variants, pool.map(start, variants), strict=True))
 
 
 def use_caches(folder: Path) -> None:
