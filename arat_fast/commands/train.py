@@ -28,7 +28,8 @@ from arat_fast.evaluation.record import write_json
 from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSource
-from arat_fast.training.build import check_model, pick_device, use_threads
+from arat_fast.models.plain import check_model
+from arat_fast.training.build import pick_device, use_threads
 from arat_fast.training.cost import iteration_cost
 from arat_fast.training.directory import RunDirectory
 from arat_fast.training.distributed import World, join_world, leave_world

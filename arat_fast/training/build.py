@@ -12,6 +12,8 @@ from arat_fast import methods, reference
 from arat_fast.config import TrainConfig
 from arat_fast.errors import UserError, unknown_name
 from arat_fast.models import create_model
+from arat_fast.models.library import is_library_name
+from arat_fast.models.plain import plain_network
 from arat_fast.nn import from_authors
 
 log = logging.getLogger(__name__)
@@ -32,18 +34,17 @@ def use_threads(count: int) -> None:
 
 
 def check_model(name: str) -> None:
-    """Raise UserError with the nearest known name unless `name` is a model."""
+    """Raise UserError with the nearest known name unless `name` is one of the reference's models."""
     if name not in reference.MODELS:
         raise unknown_name("model", name, reference.MODELS)
 
 
 def build_network(config: TrainConfig, channels: int, num_classes: int) -> nn.Module:
     """The configured network with freshly drawn weights, which depend on the seed alone."""
-    check_model(config.model)
     split_bn = config.method == "arat" and config.arat.split_bn
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return reference.MODELS[config.model](num_classes, channels, split_bn)
+        return plain_network(config.model, num_classes, channels, split_bn)
 
 
 def build_method(config: TrainConfig, network: nn.Module) -> reference.ARAT | reference.Standard:
@@ -87,6 +88,8 @@ def build_fast(
             "mail.start_epoch %d is beyond the %d epochs: %s trains without its weights",
             config.mail.start_epoch, config.epochs, config.method,
         )  # fmt: skip
+    if config.method == "arrest" and is_library_name(config.model):
+        raise UserError(f"arrest compares what enters the classifier, which {config.model} does not hand out")
     start = dict(teacher or build_network(config, channels, num_classes).state_dict())
     branches = methods.branches_of(config)
     network = create_model(config.model, num_classes, channels, branches)

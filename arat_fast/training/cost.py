@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from arat_fast import methods, reference
+from arat_fast import methods
 from arat_fast.config import TrainConfig, resolved_attack
+from arat_fast.models.plain import plain_network
 from arat_fast.training.build import build_fast
 
 
@@ -52,7 +53,7 @@ def iteration_cost(config: TrainConfig, image_shape: tuple[int, int, int], num_c
         image = torch.empty(1, channels, height, width)
 
         def forward_flop(model: str) -> int:  # of the reference's network: on "meta" ours lose their layout
-            plain = reference.MODELS[model](num_classes, channels, False).eval()
+            plain = plain_network(model, num_classes, channels, False).eval()
             with FlopCounterMode(display=False) as counter:
                 plain(image)
             return counter.get_total_flops()

@@ -17,6 +17,7 @@ from arat_fast.errors import UserError
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.loaders.sources import PHOTOS
 from arat_fast.loaders.stream import Batch, counter_seed
+from arat_fast.models.plain import plain_network
 from arat_fast.nn import (
     bn_mode,
     from_authors,
@@ -118,7 +119,7 @@ class ReferenceEngine:
     """`arat_fast.reference`, as the authors run it: eager, fp32, NCHW."""
 
     def __init__(self, config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self._shape = config, device, (num_classes, channels)
         _check_reference_attack(config)
         self.method = build_method(config, build_network(config, channels, num_classes)).to(device)
         self.network = self.method.network
@@ -184,7 +185,7 @@ class ReferenceEngine:
         """A copy of the network with the given weights; the network itself without."""
         if weights is None:
             return self.network
-        twin = reference.MODELS[self.config.model](*_shape(self.network), _split(self.config))
+        twin = plain_network(self.config.model, *self._shape, _split(self.config))
         twin.load_state_dict(self.network.state_dict() | weights)
         return twin.to(self.device)
 
@@ -305,7 +306,7 @@ class FastEngine:
             copied.load_state_dict(self.network.state_dict() | (weights or {}))
             return copied
         state = self.network.state_dict() | (weights or {})
-        plain = reference.MODELS[self.config.model](*self._shape, _split(self.config))
+        plain = plain_network(self.config.model, *self._shape, _split(self.config))
         plain.load_state_dict(_reference_names(state))
         return plain.to(self.device)
 
@@ -348,13 +349,8 @@ def _split(config: TrainConfig) -> bool:
     return len(methods.branches_of(config)) > 1
 
 
-def _shape(network: nn.Module) -> tuple[int, int]:
-    linear, stem = network.get_submodule("linear"), network.get_submodule("conv1")
-    assert isinstance(linear, nn.Linear)
-    assert isinstance(stem, nn.Conv2d)
-    return linear.out_features, stem.in_channels
-
-
 def _reference_names(state: State) -> State:
-    branches = next(v.shape[0] for k, v in state.items() if k.endswith("running_mean"))
-    return to_authors(state) if branches == 2 else single_branch(state, "adv", ("adv",))
+    branches = {v.shape[0] for k, v in state.items() if k.endswith("running_mean") and v.ndim == 2}
+    if not branches:  # a network without BatchNorm2d
+        return dict(state)
+    return to_authors(state) if branches == {2} else single_branch(state, "adv", ("adv",))
