@@ -37,7 +37,6 @@ from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import Batch
 from arat_fast.training.build import build_method, build_network, build_optimizer
 from arat_fast.training.directory import RunDirectory
-from arat_fast.training.engine import augmented
 from arat_fast.training.trainer import Trainer
 
 EVERY = 10  # iterations between two measurements of gradient conflict
@@ -66,33 +65,20 @@ class Flop(TorchDispatchMode):
         return out
 
 
-class CollectingTrainer(Trainer):
-    """Tells a collector of every iteration and epoch, and times the iterations."""
+def train(config: TrainConfig, images: ImageSource, folder: Path) -> float:
+    """Train a run with gradient conflict measured on the way; median seconds of an iteration without that."""
+    trainer = Trainer(dataclasses.replace(config, analysis_every=EVERY), images, folder)
+    iterate, seconds = trainer.engine.iterate, []
 
-    def __init__(self, config: TrainConfig, train: ImageSource, folder: Path) -> None:
-        super().__init__(config, train, folder)
-        shape = train.image_shape
-        self.collector = Collector(
-            EVERY, folder, config=self.config, channels=shape[2], num_classes=train.num_classes, device=CPU
-        )
-        self.iteration_seconds: list[float] = []
-
-    def _iterate(self, batch: Batch) -> None:
-        step, epoch = self.epoch * len(self.stream) + self.batch, self.epoch
+    def timed(batch: Batch, epoch: int, step: int) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
-        super()._iterate(batch)
-        self.iteration_seconds.append(time.perf_counter() - started)
-        self.collector.after_step(
-            step,
-            epoch,
-            state=self.engine.state,
-            batch=lambda: (augmented(self.config, batch, epoch).contiguous(), batch.labels),
-        )
+        metrics = iterate(batch, epoch, step)
+        seconds.append(time.perf_counter() - started)
+        return metrics
 
-    def _end_epoch(self, rate: float, balance: float | None) -> None:
-        last = (self.epoch + 1) * len(self.stream) - 1
-        self.collector.end_epoch(self.epoch, last, state=self.engine.state)
-        super()._end_epoch(rate, balance)
+    trainer.engine.iterate = timed  # type: ignore[method-assign]
+    trainer.run()
+    return statistics.median(seconds)
 
 
 def configuration(variant: str, seed: int) -> TrainConfig:
@@ -109,9 +95,7 @@ def measure(variant: str, seed: int, folder: Path, data: tuple[ImageSource, Imag
     torch.set_num_threads(config.threads)
     cost = folder.with_name(folder.name + "-cost.json")
     if len(RunDirectory(folder).metrics()) < config.epochs:
-        trainer = CollectingTrainer(config, data[0], folder)
-        trainer.run()
-        cost.write_text(json.dumps({"iteration_seconds": statistics.median(trainer.iteration_seconds)}))
+        cost.write_text(json.dumps({"iteration_seconds": train(config, data[0], folder)}))
     what = ["mixture", "tradeoff"] + (["conflict"] if config.method == "arat" else [])
     result = analyse_run(folder, *data, what, device=CPU, options=AnalysisOptions())
     attacks = list(ACCURACIES) if variant in ("arat", "at") else ["clean", "pgd20"]

@@ -14,31 +14,9 @@ from arat_fast.analysis.gradient_conflict import measure_conflict
 from arat_fast.config import TrainConfig
 from arat_fast.errors import TrainingError
 from arat_fast.loaders.images import ImageSet
-from arat_fast.loaders.stream import Batch
-from arat_fast.training.engine import augmented
 from arat_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-
-
-class CollectingTrainer(Trainer):
-    """A trainer that tells a collector about its iterations and epochs."""
-
-    collector: Collector
-
-    def _iterate(self, batch: Batch) -> None:
-        step, epoch = self.epoch * len(self.stream) + self.batch, self.epoch
-        super()._iterate(batch)
-        self.collector.after_step(
-            step,
-            epoch,
-            state=self.engine.state,
-            batch=lambda: (augmented(self.config, batch, epoch).contiguous(), batch.labels),
-        )
-
-    def _end_epoch(self, rate: float, balance: float | None) -> None:
-        self.collector.end_epoch(self.epoch, (self.epoch + 1) * len(self.stream) - 1, state=self.engine.state)
-        super()._end_epoch(rate, balance)
 
 
 def collector(config: TrainConfig, folder: Path, every: int = 2) -> Collector:
@@ -61,8 +39,7 @@ def test_training_goes_on_to_the_same_weights(
     config = dataclasses.replace(config, engine=engine)  # type: ignore[arg-type]
     plain = Trainer(config, digits[0], tmp_path / "plain")
     plain.run()
-    collecting = CollectingTrainer(config, digits[0], tmp_path / "collecting")
-    collecting.collector = collector(config, tmp_path / "collecting")
+    collecting = Trainer(dataclasses.replace(config, analysis_every=2), digits[0], tmp_path / "collecting")
     collecting.run()
     for name, value in plain.engine.state().items():
         assert torch.equal(value, collecting.engine.state()[name]), name
