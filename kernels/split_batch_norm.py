@@ -1,4 +1,4 @@
-"""Split batch normalisation: y = [ReLU](BN_branch(x) [+ residual]), fused, for a batch that is [clean; adv].
+"""Split batch norm, fused: `y = [ReLU](BN_branch(x) [+ residual])`, for a batch that is [clean; adv].
 
     μ_b, v_b = mean and biased variance over the rows of branch b        (or the running statistics)
     y = [max(0, ·)]((x − μ_b)·weight_b / √(v_b + eps) + bias_b [+ residual])
@@ -126,22 +126,26 @@ def split_batch_norm(
     relu: bool = False,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[ReLU](BN_branch(x) [+ residual]) of a batch that is `weight.shape[0]` equal parts, one a branch.
+    """`[ReLU](BN_branch(x) [+ residual])` of a batch that is `weight.shape[0]` equal parts, one a branch.
 
     Args:
         x: (N, C, H, W), channels-last; float32, bfloat16 or float16 (float64: slow path). N a multiple of B.
         weight: (B, C) float32, contiguous (float64 for float64 x).
         bias: like weight.
         running_mean: like weight; with `running_var`: normalise by these. Without: by the batch's own
-        statistics. running_var: like weight. residual: like x, added before the ReLU. relu: clamp at zero.
+            statistics.
+        running_var: like weight.
+        residual: like x, added before the ReLU.
+        relu: clamp at zero.
         eps: added to the variance.
 
     Returns:
         y like x, and the mean and biased variance used, each (B, C), which carry no gradient.
 
     Raises:
-        TypeError: wrong dtype. ValueError: wrong layout, shape or device, a batch that does not divide, or a
-        single value a channel with batch statistics.
+        TypeError: wrong dtype.
+        ValueError: wrong layout, shape or device, a batch that does not divide, or a single value a channel
+            with batch statistics.
     """
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither")

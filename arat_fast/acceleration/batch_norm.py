@@ -32,7 +32,7 @@ class DropInBatchNorm2d(SplitBatchNorm2d):
         return F.relu(y) if relu else y
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """[ReLU](BN(x) [+ residual]), channels-last; the residual may broadcast or be of another dtype."""
+        """`[ReLU](BN(x) [+ residual])`, channels-last; the residual may broadcast or have another dtype."""
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is None:
             return super().forward(x, relu=relu)

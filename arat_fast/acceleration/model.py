@@ -62,9 +62,9 @@ def accelerate(
         the model; `model.report` says what was done to what, and why not.
 
     Raises:
-        TypeError: not an nn.Module. ValueError: accelerated already, an unknown precision, bf16 for float64
-        parameters, or split_bn of a model without BatchNorm2d or with one that cannot be split. Nothing is
-        changed then.
+        TypeError: not an nn.Module.
+        ValueError: accelerated already, an unknown precision, bf16 for float64 parameters, or split_bn of a
+            model without BatchNorm2d or with one that cannot be split. Nothing is changed then.
     """
     names, skipped = _batch_norms(model, bool(split_bn))
     half = _half(model, precision)

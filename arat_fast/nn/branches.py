@@ -166,7 +166,7 @@ def convert_split_bn(
 
     Raises:
         ValueError: no BatchNorm2d, split already, a subclass of BatchNorm2d, or one without affine parameters
-        or running statistics. Nothing is changed then.
+            or running statistics. Nothing is changed then.
     """
     for path, module in model.named_modules():
         _split(path, module, branches)  # every refusal comes before the first change

@@ -25,7 +25,7 @@ class FoldedBatchNorm(nn.Module):
     """Stands where a folded BN was: adds the residual, clamps at zero."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """[ReLU](x [+ residual])."""
+        """`[ReLU](x [+ residual])`."""
         y = x if residual is None else x + residual
         return y.relu() if relu else y
 
@@ -49,11 +49,11 @@ class FoldedModel:
         model: with `SplitBatchNorm2d` or `nn.BatchNorm2d`.
         branch: of the split BNs; None where there are none.
         example: images (N, …) to run once, to see which BN gets which convolution's output; channels-last for
-        split BN.
+            split BN.
 
     Raises:
         ValueError: nothing can be folded, or the twin's output differs (a convolution's output is used
-        elsewhere too).
+            elsewhere too).
     """
 
     def __init__(self, model: nn.Module, branch: str | None, example: Tensor) -> None:

@@ -81,7 +81,7 @@ class SplitBatchNorm2d(nn.Module):
         return self.state.branches
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """[ReLU](BN(x) [+ residual]), like x; fused, each activation read as often as it must be.
+        """`[ReLU](BN(x) [+ residual])`, like x; fused, each activation read as often as it must be.
 
         Raises ValueError or TypeError when x is not channels-last, not float, or, for "both", of an odd
         batch.
