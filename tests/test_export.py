@@ -20,6 +20,7 @@ from arat_fast.evaluation.network import load_run
 from arat_fast.evaluation.results import sha256_of
 from arat_fast.export import from_file, from_run, model_info, standalone, write_export
 from arat_fast.loaders.images import ImageSet
+from arat_fast.models.plain import model_names, plain_network
 from arat_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -114,10 +115,10 @@ def test_the_file_is_what_the_safetensors_package_reads(run: Path, tmp_path: Pat
 
 def test_plain_networks_are_the_references(run: Path) -> None:
     """Names and logits, for every model; shapes alone where a forward would take seconds."""
-    assert standalone.MODELS.keys() == reference.MODELS.keys()
-    for name in standalone.MODELS:
+    assert {*standalone.MODELS, *standalone.PHOTO_MODELS} == set(model_names())
+    for name in model_names():
         with torch.device("meta"):
-            ours, theirs = standalone.build(name, 7, 3), reference.MODELS[name](7, 3, False)
+            theirs, ours = plain_network(name, 7, 1, split_bn=False), standalone.build(name, 7, 1)
         assert {k: v.shape for k, v in ours.state_dict().items()} == {
             k: v.shape for k, v in theirs.state_dict().items()
         }
@@ -129,6 +130,32 @@ def test_plain_networks_are_the_references(run: Path) -> None:
     plain.load_state_dict(wide.state_dict())
     x = torch.rand(2, 3, 16, 16)
     assert torch.equal(wide.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18-imagenet", "timm/resnet10t"])
+def test_networks_of_libraries(name: str, tmp_path: Path) -> None:
+    """Their own definitions, found by name in the file's metadata; both branches from the authors' layout."""
+    if name.startswith("timm"):
+        from arat_fast.loaders import torchvision_import  # noqa: F401  (timm imports torchvision)
+
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    split = plain_network(name, 5, 1, split_bn=True).eval()
+    with torch.no_grad():
+        for key, value in split.state_dict().items():
+            if ".adv." in key and "tracked" not in key:
+                value.copy_(torch.rand(value.shape) + 0.5)
+    torch.save(split.state_dict(), tmp_path / "split.pt")
+    exported = from_file(tmp_path / "split.pt", name, 5, 1, 32)
+    write_export(exported, tmp_path / "out", ["safetensors"])
+    x = torch.rand(2, 1, 32, 32)
+    reference.use_branch(split, "adv")
+    with torch.no_grad():
+        assert torch.equal(standalone.load_model(tmp_path / "out" / "model.safetensors")(x), split(x))
+    library = "timm" if name.startswith("timm") else "torchvision"
+    assert f"it needs torch and {library}" in (tmp_path / "out" / "README.md").read_text()
+    architecture = {"resnet18-imagenet": "ResNet-18"}.get(name, "resnet10t")
+    assert model_info(exported)["architecture"] == architecture
 
 
 def test_what_does_not_give_the_logits_is_refused(run: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast import reference
-from arat_fast.errors import UserError, unknown_name
+from arat_fast.errors import UserError
 from arat_fast.evaluation.network import TrainedNetwork, load_run
 from arat_fast.evaluation.results import sha256_of
-from arat_fast.export import standalone
+from arat_fast.models.plain import plain_network
 from arat_fast.models.weights import fit_weights, read_weights
 from arat_fast.nn import single_branch
 from arat_fast.nn.foreign import split_branches, under_our_names
@@ -26,7 +26,7 @@ BRANCHES = ("adv", "clean")
 
 @dataclass(frozen=True)
 class PlainNetwork:
-    """A network of `export/standalone.py` with trained weights, in eval mode on the CPU.
+    """A network with single BatchNorms and trained weights, in eval mode on the CPU.
 
     name: of the model. image_size: (height, width). branch: the BatchNorm branch it was, "adv" where there
     was one. about: provenance as text, for metadata. original: logits by the network that was exported, to
@@ -60,7 +60,7 @@ def from_run(run: Path, weights: str = "auto", branch: str = "adv") -> PlainNetw
     height, width, channels = trained.checkpoint_state["image_shape"]
     classes = trained.checkpoint_state["num_classes"]
     config = trained.config
-    model = _build(config.model, classes, channels)
+    model = plain_network(config.model, classes, channels, split_bn=False)
     model.load_state_dict(_plain_state(trained.network.state_dict(), branch, model))
     attack = config.attack
     about = {
@@ -91,15 +91,9 @@ def from_file(
 
     Raises UserError for an unknown model, and for a file that is unreadable or does not fit.
     """
-    model = _build(name, num_classes, in_channels)
+    model = plain_network(name, num_classes, in_channels, split_bn=False)
     fit_weights(model, _plain_state(read_weights(path), branch, model), branch, str(path))
     about = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
     return PlainNetwork(
         model.eval(), name, num_classes, in_channels, (image_size, image_size), branch, about, model
     )
-
-
-def _build(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    if name not in standalone.MODELS:
-        raise unknown_name("model", name, standalone.MODELS)
-    return standalone.build(name, num_classes, in_channels)

@@ -17,7 +17,13 @@ from arat_fast.pixels import format_pixels
 __all__ = ["model_info"]
 
 # As the leaderboard spells them.
-ARCHITECTURES = {"resnet8": "ResNet-8", "resnet18": "ResNet-18", "wrn-34-10": "WideResNet-34-10"}
+ARCHITECTURES = {
+    "resnet8": "ResNet-8",
+    "resnet18": "ResNet-18",
+    "wrn-34-10": "WideResNet-34-10",
+    "resnet18-imagenet": "ResNet-18",
+    "resnet50-imagenet": "ResNet-50",
+}
 
 
 def model_info(network: PlainNetwork) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def model_info(network: PlainNetwork) -> dict[str, Any]:
     info["number_forward_passes"] = 1
     info["dataset"] = trained.config.dataset if trained is not None else None
     info["venue"] = None
-    info["architecture"] = ARCHITECTURES.get(network.name, network.name)
+    info["architecture"] = ARCHITECTURES.get(network.name, network.name.rpartition("/")[2])
     info["eps"] = format_pixels(trained.config.evaluation.eps) if trained is not None else None
     figures = _figures(network)
     robust = figures.get("autoattack")

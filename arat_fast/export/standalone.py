@@ -1,10 +1,11 @@
-"""A CIFAR network trained by arat-fast, in plain PyTorch: needs torch and this file alone.
+"""A network trained by arat-fast, in plain PyTorch: needs torch and this file alone.
 
     model = load_model("model.safetensors")     # eval mode
     logits = model(images)                      # images (N, C, H, W), float32 in [0, 1]; logits (N, classes)
 
-Architecture and number of classes are in the weights' metadata; where the network normalises its input, it
-does so inside. Training works as with any module: BatchNorms are `nn.BatchNorm2d`.
+Architecture and number of classes are in the weights' metadata. Pixels go in as they are. Training works as
+with any module: BatchNorms are `nn.BatchNorm2d`. Networks named torchvision/… or timm/… are those packages'
+own, and need them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "ResNet", "WideResNet", "build", "load_model", "read_safetensors"]
+__all__ = ["MODELS", "PHOTO_MODELS", "ResNet", "WideResNet", "build", "load_model", "read_safetensors"]
 
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 
@@ -126,9 +127,28 @@ MODELS: dict[str, Any] = {
 }
 
 
+PHOTO_MODELS = {"resnet18-imagenet": "torchvision/resnet18", "resnet50-imagenet": "torchvision/resnet50"}
+
+
 def build(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """The named network with single BatchNorms and fresh weights."""
-    network: nn.Module = MODELS[name](num_classes, in_channels)
+    """The named network with single BatchNorms and fresh weights. Raises ValueError for an unknown name."""
+    network: nn.Module
+    library, _, rest = PHOTO_MODELS.get(name, name).partition("/")
+    if name in MODELS:
+        network = MODELS[name](num_classes, in_channels)
+    elif library == "torchvision":
+        import torchvision
+
+        side = {"aux_logits": False} if rest in ("googlenet", "inception_v3") else {}
+        network = torchvision.models.get_model(rest, weights=None, num_classes=num_classes, **side)
+        if in_channels != 3 and name in PHOTO_MODELS:
+            network.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+    elif library == "timm":
+        import timm
+
+        network = timm.create_model(rest, num_classes=num_classes, in_chans=in_channels)
+    else:
+        raise ValueError(f"model is {name!r}; expected one of {sorted({*MODELS, *PHOTO_MODELS})}")
     return network
 
 
@@ -157,8 +177,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 def load_model(path: str | Path = "model.safetensors") -> nn.Module:
     """The network of an exported file, in eval mode, on the CPU. Raises ValueError for another file."""
     tensors, metadata = read_safetensors(path)
-    if metadata.get("model") not in MODELS:
-        raise ValueError(f"{path} is for model {metadata.get('model')!r}; expected one of {sorted(MODELS)}")
+    if "model" not in metadata:
+        raise ValueError(f"{path} does not say which network it is for; expected a file of arat-fast export")
     model = build(metadata["model"], int(metadata["num_classes"]), int(metadata["in_channels"]))
     model.load_state_dict(tensors)
     return model.eval()

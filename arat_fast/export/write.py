@@ -128,12 +128,18 @@ def snippet(network: PlainNetwork, formats: Sequence[str]) -> str:
     shape = (1, network.in_channels, *network.image_size)
     lines = ["import torch"]
     if "safetensors" in formats:
-        lines += ["from model import load_model  # model.py here; it needs torch alone", ""]
+        lines += [f"from model import load_model  # model.py here; it needs {_needs(network.name)}", ""]
         lines += [f'model = load_model("{WEIGHTS}")']
     else:
         lines += ["", f'model = torch.export.load("{PROGRAM}").module()']
     lines += [f"logits = model(torch.rand{shape})  # images in [0, 1]"]
     return "\n".join(lines)
+
+
+def _needs(name: str) -> str:
+    if name in standalone.MODELS:
+        return "torch alone"
+    return f"torch and {standalone.PHOTO_MODELS.get(name, name).partition('/')[0]}"
 
 
 def _readme(network: PlainNetwork, formats: Sequence[str]) -> str:
