@@ -1,7 +1,7 @@
 """Random crop, horizontal flip and uint8 -> [0, 1] in one launch, from NHWC bytes to a channels-last batch.
 
-out[n, c, h, w] = image[top + h - p, left + w' - p, c] / 255 or 0 outside, w' = W - 1 - w where flipped,
-else w
+    out[n, c, h, w] = image[top + h - p, left + w' - p, c] / 255, or 0 outside
+    w' = W - 1 - w where flipped, else w
 
 with top, left and flip hashed from (seed, epoch, sample index): `kernels.crop_parameters`. The images are
 the batch itself, or a data set resident on the device from which the same pass gathers. 1 byte is read and

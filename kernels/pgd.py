@@ -1,7 +1,7 @@
 """One step of projected gradient ascent inside the eps-ball and the pixel range: one launch, L2 at most two.
 
-Linf    x_adv <- clamp(min(max(x_adv + alpha·sign(g), x - eps), x + eps), 0, 1)
-L2      see `kernels.pgd_l2`
+    Linf    x_adv <- clamp(min(max(x_adv + alpha·sign(g), x - eps), x + eps), 0, 1)
+    L2      see kernels/pgd_l2.py
 
 x_adv and x are fp32 whatever the model's dtype: in bf16 an image leaves the ball. Per element 8 bytes of
 images and the gradient (4, or 2 in half precision) are read, 4 written, and 2 more where the half-precision

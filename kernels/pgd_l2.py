@@ -1,6 +1,6 @@
 """One step of L2 projected gradient ascent in at most two launches; `kernels.pgd` has the public functions.
 
-d = x_adv + alpha·g / ||g|| - x;   x_adv <- clamp(x + d·min(1, eps / ||d||), 0, 1),   norms per image
+    d = x_adv + alpha·g / ||g|| - x;   x_adv <- clamp(x + d·min(1, eps / ||d||), 0, 1),   norms per image
 
 An image that fits a block (CIFAR: 3072 elements) is read once and stepped in one launch. A larger one is
 read twice: the first launch sums <g, g>, <x_adv - x, g> and <x_adv - x, x_adv - x> by chunks, from which

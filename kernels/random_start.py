@@ -1,8 +1,8 @@
 """Where an attack starts: noise round each image from counter-based Philox, in one launch.
 
-uniform   x + u,          u uniform in [-eps, eps] for each pixel
-l2        x + r·v / ||v||, v normal, r uniform in [0, eps], per image
-normal    x + 0.001·v,    v normal for each pixel (TRADES: a zero start has zero gradient)
+    uniform   x + u,           u uniform in [-eps, eps] for each pixel
+    l2        x + r·v / ||v||, v normal, r uniform in [0, eps], per image
+    normal    x + 0.001·v,     v normal for each pixel (TRADES: a zero start has zero gradient)
 
 and then clamped to [0, 1], unless the authors' unclamped start is asked for. 4 bytes are read and 4 written
 per element, and 2 more with a half-precision copy.

@@ -1,8 +1,10 @@
-"""What an attack maximises, image by image, computed in fp32 or wider.
+"""What an attack maximises, image by image.
 
-ce       -log p_y(x')                                  Madry et al. 2018
-margin   max over k != y of z_k(x'), less z_y(x')      Carlini and Wagner 2017
-kl       KL(p(x) || p(x')), p(x) a constant            Zhang et al. 2019 (TRADES)
+    ce       -log p_y(x')                                  Madry et al. 2018
+    margin   max over k != y of z_k(x'), less z_y(x')      Carlini and Wagner 2017
+    kl       KL(p(x) || p(x')), p(x) a constant            Zhang et al. 2019 (TRADES)
+
+Computed in fp32 or wider.
 """
 
 from __future__ import annotations
