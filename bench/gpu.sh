@@ -18,7 +18,6 @@ total=${TOTAL:-470}
 parts=" ${PARTS:-tests ceilings kernels attack step128 step512 step1024 wide} "
 out=$PWD/bench/out/gpu
 mkdir -p "$out"
-rm -rf "$out"/*.json "$out"/*.txt "$out"/*.p?? "$out/status" "$out/caches"
 unset TRITON_INTERPRET
 export TORCHINDUCTOR_CACHE_DIR=$out/caches/all/torchinductor_cache_dir TRITON_CACHE_DIR=$out/caches/all/triton_cache_dir
 
@@ -26,6 +25,7 @@ if [ "$device" = cuda ] && ! "$python" -c 'import torch; assert torch.cuda.is_av
     echo "no GPU that $python's torch can use (DEVICE=cpu rehearses without one)" >&2
     exit 2
 fi
+rm -rf "$out"/*.json "$out"/*.txt "$out"/*.p?? "$out/status" "$out/caches"
 if [ -n "${WHEELS:-}" ]; then
     for wheel in "$WHEELS"/*.whl; do
         "$python" -m zipfile -e "$wheel" "$out/wheels" || exit 2

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from arat_fast.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 OURS, THEIRS = "0.25", "0.72"
@@ -92,8 +94,9 @@ def _whiskers(ax: Axes, names: Sequence[str], variants: Mapping[str, Any]) -> No
         ax.plot([low, high], [place + 0.4, place + 0.4], color="0.45", linewidth=1.0, solid_capstyle="butt")
 
 
-def ladder(record: Record, folder: Path) -> list[Path]:
-    """Images/s of every variant of the step; the thin line beneath a bar is the spread."""
+@contextmanager
+def ladder_axes(record: Record) -> Iterator[Figure]:
+    """A figure of every variant's images/s; the thin line beneath a bar is the spread."""
     names = _in_order(record, RUNNING)
     variants = record["variants"]
     with axes(1, COLUMN, 0.75 + 0.24 * len(names)) as (figure, (ax,)):
@@ -105,6 +108,12 @@ def ladder(record: Record, folder: Path) -> list[Path]:
         ax.set_xlim(0, 1.45 * max(values))
         ax.set_xlabel("images/s (ratio to the group's first)")
         ax.set_title(_title(record), loc="left")
+        yield figure
+
+
+def ladder(record: Record, folder: Path) -> list[Path]:
+    """Images/s of every variant of the step."""
+    with ladder_axes(record) as figure:
         return save(figure, folder, _name("ladder", record))
 
 
