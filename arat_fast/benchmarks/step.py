@@ -84,6 +84,11 @@ def main(arguments: Sequence[str]) -> int:
         f"{'compiled' if given['compile'] else 'not compiled'}, {given['threads']} threads, {processor}, "
         f"load {given['load_average'][0]}"
     )
+    floors = given["floors_images_per_second"]
+    print(
+        f"floors of fast: arithmetic {floors['arithmetic']:,.0f} images/s, bytes {floors['bytes']:,.0f}, "
+        f"one after the other {floors['in_turn']:,.0f}"
+    )
     for name, figures in record["variants"].items():
         if figures["profile"] is not None:
             print(f"\n{name}: where the time goes")

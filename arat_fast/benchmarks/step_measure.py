@@ -18,7 +18,7 @@ from torch import Tensor
 from arat_fast.benchmarks.alone import Start, starts, use_caches
 from arat_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from arat_fast.benchmarks.conditions import conditions
-from arat_fast.benchmarks.floors import iteration_floors
+from arat_fast.benchmarks.floors import Floors, iteration_floors
 from arat_fast.benchmarks.profiling import Profile, profiled
 from arat_fast.benchmarks.step_options import StepOptions, settled
 from arat_fast.benchmarks.step_variants import (
@@ -113,15 +113,20 @@ def _measure(options: StepOptions, begun: dict[str, Start]) -> dict[str, Any]:
         name: _figures(name, seconds, setting, device, ceilings, begun.get(name), profiles.get(name))
         for name in variants
     }
+    floors = _floors("fast", setting, device)
+    limits = floors.limits(
+        ceilings.flop_per_second(resolve_precision(options.precision, device)),
+        ceilings.copy_bytes_per_second,
+    )
     given = asdict(setting) | {
         "attack_steps": setting.steps,
         "precision": resolve_precision(options.precision, device),
         "compile": setting.compiled(device),
         "repeats": turns,
         "jobs": jobs,
-        "flop_an_image": iteration_floors(
-            setting.model, setting.side, setting.steps, setting.batch, 4, False
-        ).flop,
+        "flop_an_image": floors.flop,
+        "bytes_an_image": floors.bytes,
+        "floors_images_per_second": dict(zip(("arithmetic", "bytes", "in_turn"), limits, strict=True)),
         "left_out": [name for name in names if name not in variants],
     }
     return {
@@ -141,6 +146,13 @@ def _worth_profiling(variants: dict[str, Iteration], device: torch.device) -> li
     return [name for name in ("eager", "fast", "fast-folded") if name in variants]
 
 
+def _floors(name: str, setting: Setting, device: torch.device) -> Floors:
+    element = element_bytes(name, setting, device)
+    return iteration_floors(
+        setting.model, setting.side, setting.steps, setting.batch, element, name == "fast-folded"
+    )
+
+
 def _figures(
     name: str,
     seconds: dict[str, list[float]],
@@ -153,10 +165,7 @@ def _figures(
     speeds = sorted(setting.batch / s for s in seconds[name])
     speed = statistics.median(speeds)
     times, ratio_spread = ratio(seconds[baseline(name)], seconds[name])
-    element = element_bytes(name, setting, device)
-    floors = iteration_floors(
-        setting.model, setting.side, setting.steps, setting.batch, element, folded=name == "fast-folded"
-    )
+    floors = _floors(name, setting, device)
     peak = ceilings.flop_per_second(resolve_precision(setting.precision, device))
     begun = start or Start(float("nan"), None, None, 0)
     return {
