@@ -71,7 +71,13 @@ def _base(
 ) -> Method:
     match config.method:
         case "arat":
-            return ARAT(config.arat, _dims(config.arat.layers, network))
+            dims = _dims(config.arat.layers, network)
+            if not dims and config.arat.invariance != "none":
+                raise UserError(
+                    "arat: the network names no invariance_layers; name BatchNorms with --arat.layers, "
+                    "or choose --arat.invariance none"
+                )
+            return ARAT(config.arat, dims)
         case "standard":
             return Standard()
         case "at":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -173,6 +174,16 @@ def test_library_networks_and_arrest() -> None:
     config = TrainConfig(model="torchvision/resnet18", method="arrest")
     with pytest.raises(UserError, match="arrest compares what enters the classifier"):
         build_fast(config, 3, 10, {})
+
+
+def test_arat_without_layers_to_tap_is_refused() -> None:
+    """It would train without its invariance term, and nobody would know."""
+    config = TrainConfig(model="torchvision/mobilenet_v2")
+    with torch.device("meta"), pytest.raises(UserError, match="names no invariance_layers"):
+        build_fast(config, 3, 10)
+    chosen = dataclasses.replace(config, arat=ARATConfig(layers=("features.18.1",)))
+    with torch.device("meta"):
+        assert build_fast(chosen, 3, 10)[1].taps == ("features.18.1",)
 
 
 @pytest.mark.parametrize(
