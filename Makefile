@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup train test lint types test-plain test-interpreted compile-kernels test-quick test-oldest bench clean
+.PHONY: help setup train test lint types test-plain test-interpreted compile-kernels test-quick test-oldest docs bench clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -50,6 +50,14 @@ test-quick: $(READY)
 # make test-oldest       the kernel tests on Python 3.12, torch 2.11 and Triton 3.6, in .venv-oldest
 test-oldest:
 	@scripts/oldest.sh
+
+# make docs              build the documentation into site/; fails where a link leads nowhere
+docs: $(VENV)/.docs-ready
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs-ready: $(READY)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
+	@touch $@
 
 # make bench             measure everything small against its baselines; ARGS=--commit-results keeps the result
 bench: $(READY)
