@@ -49,6 +49,11 @@ class DropInBatchNormAct2d(DropInBatchNorm2d):
     act: nn.Module
     fused: bool
 
+    @property
+    def afterwards(self) -> tuple[nn.Module, nn.Module]:
+        """What follows the normalisation, also where that is folded into a convolution."""
+        return self.drop, self.act
+
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """act(drop(BN(x))), one fused call where that is a ReLU."""
         if self.fused:

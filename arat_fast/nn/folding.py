@@ -8,6 +8,7 @@ contain no BN where a convolution precedes it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,17 @@ __all__ = ["FoldedBatchNorm", "FoldedModel"]
 
 
 class FoldedBatchNorm(nn.Module):
-    """Stands where a folded BN was: adds the residual, clamps at zero."""
+    """Stands where a folded BN was: adds, clamps at zero, and does what the BN did afterwards."""
+
+    def __init__(self, afterwards: Iterable[nn.Module] = ()) -> None:
+        super().__init__()
+        self.afterwards = nn.Sequential(*afterwards)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """`[ReLU](x [+ residual])`."""
         y = x if residual is None else x + residual
-        return y.relu() if relu else y
+        y = y.relu() if relu else y
+        return self.afterwards(y) if len(self.afterwards) else y
 
 
 class _Fold(NamedTuple):
@@ -100,7 +106,8 @@ class FoldedModel:
         folded.weight = nn.Parameter(torch.empty_like(conv.weight), requires_grad=False)
         folded.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels), requires_grad=False)
         parent, _, last = bn_name.rpartition(".")
-        setattr(self.module.get_submodule(parent), last, FoldedBatchNorm())
+        afterwards = getattr(self.module.get_submodule(bn_name), "afterwards", ())
+        setattr(self.module.get_submodule(parent), last, FoldedBatchNorm(afterwards))
         return _Fold(conv, bn, bn.eps, folded.weight, folded.bias)
 
     def _rows(self, entry: str) -> list[Tensor]:

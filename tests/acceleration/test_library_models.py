@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from arat_fast.acceleration import accelerate, revert
 from arat_fast.attacks import PGD
 from arat_fast.loaders.torchvision_import import torchvision
-from arat_fast.nn import use_branch
+from arat_fast.nn import FoldedModel, use_branch
 
 from torchvision import models  # isort: skip  after the import above has mended it
 
@@ -123,6 +123,9 @@ def test_norm_with_activation_of_timm(x: Tensor) -> None:
         assert bool(model.report.fused_relu)
         assert (len(model.report.fused_relu) > len(model.report.replaced) / 2) is fused
         assert_equal(model, original, x, 1e-9)
+        folded = FoldedModel(model, "adv", x)
+        assert folded.folded > len(model.report.replaced) / 2
+        torch.testing.assert_close(folded.module(x), model.eval()(x), rtol=1e-9, atol=1e-9)
         assert list(revert(model).state_dict()) == list(original.state_dict())
         assert {type(m) for m in model.modules()} == {type(m) for m in original.modules()}
 

@@ -23,6 +23,7 @@ from arat_fast.nn import SplitBatchNorm2d, from_authors, to_authors, use_branch
 from arat_fast.training.build import build_fast
 from arat_fast.training.cost import iteration_cost
 from arat_fast.training.engine import build_engine
+from arat_fast.training.step import TrainStep
 from arat_fast.training.taps import TapHooks
 
 CPU = torch.device("cpu")
@@ -132,6 +133,32 @@ def test_engines_hand_the_same_network_to_evaluation(name: str, method: str, eng
             p.zero_()
     other.load_state(built.state())
     torch.testing.assert_close(other.plain_network().eval()(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/regnetx_002", "resnet18-imagenet"])
+@pytest.mark.parametrize("method", ["trades", "arat"])
+def test_training_steps_with_folded_batch_norm(name: str, method: str) -> None:
+    """An attack by running statistics folds BatchNorm; ARAT taps the layers that fuse otherwise."""
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    config = TrainConfig(
+        model=name,
+        method=method,  # type: ignore[arg-type]
+        attack=AttackConfig(steps=2, loss="kl", start="normal", bn="running"),
+        arat=ARATConfig(layers=("s4.b1.conv1.bn",) if "regnet" in name else ()),
+        learning_rate=0.02,
+    )
+    network, objective = build_fast(config, 3, 10)
+    optimizer = torch.optim.SGD([*network.parameters(), *objective.parameters()], lr=0.02)
+    step = TrainStep(
+        network, objective, optimizer, attack=config.attack, precision="fp32", compiled=False, capture=False
+    )
+    x, y = images(4, 32)[0].float(), torch.arange(4)
+    losses = [float(step(x, y)["loss"]) for _ in range(4)]
+    assert all(p.grad is not None for p in network.parameters())
+    assert losses[-1] < losses[0]
+    assert step.attack.folded is not None
+    assert step.attack.folded.folded > 10
 
 
 def test_grey_images_where_they_can_be() -> None:
