@@ -217,10 +217,11 @@ def test_attack_graph_computes_no_weight_gradient() -> None:
         graphs.append(graph)
         return graph
 
+    torch._dynamo.reset()  # what other tests compiled would make shapes dynamic
     _, ours, fast = pair("resnet", ARATConfig(), torch.float32)
     step = step_of(ours, fast)
     step.attack.compiled_gradient = torch.compile(
-        step.attack.gradient, fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+        step.attack.gradient, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=keep)
     )
     x, labels = images(6, torch.float32)
     x = x.contiguous(memory_format=torch.channels_last)
