@@ -74,7 +74,8 @@ part() {
 }
 bench() { "$python" -m arat_fast.cli bench "$@"; }
 
-tests=(tests/kernels tests/training tests/nn)
+mapfile -t tests < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | grep -v '^tests/kernels/')
+tests+=(tests/kernels)
 select=(-m gpu)
 [ "$device" = cpu ] && tests=(tests/kernels/test_launches.py) select=(-m "not gpu")
 if [ $whole = 0 ]; then

@@ -22,6 +22,7 @@ from arat_fast.benchmarks.step_variants import Setting, data
 
 @pytest.mark.parametrize("statistics", ["running", "batch"])
 def test_attack(statistics: str, compare: Callable[..., None], device: torch.device) -> None:
+    torch.compiler.reset()
     on_gpu = device.type == "cuda"
     setting = Setting("resnet18", 128 if on_gpu else 8, 32, 10 if on_gpu else 2)
     images, labels = data(setting, device)

@@ -23,6 +23,7 @@ from arat_fast.benchmarks.step_variants import (
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_step(statistics: str, compare: Callable[..., None], device: torch.device) -> None:
+    torch.compiler.reset()
     on_gpu = device.type == "cuda"
     setting = Setting("resnet18", 128 if on_gpu else 8, 32, 10 if on_gpu else 2)
     base, ours = ("eager", "fast") if statistics == "batch" else ("eager-running", "fast-folded")

@@ -61,6 +61,7 @@ def resident_peak() -> int:
 
 def run_here(setting: Setting, variant: str, device: torch.device) -> Alone:
     """The variant's first iterations in this process."""
+    torch.backends.cudnn.benchmark = True
     iterate = build(setting, device, variant)
     images, labels = data(setting, device)
     seconds = []

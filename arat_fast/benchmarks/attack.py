@@ -39,7 +39,7 @@ from arat_fast.benchmarks.attack_variants import (
 from arat_fast.benchmarks.ceilings import Ceilings, describe, measure_ceilings
 from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.floors import attack_floors
-from arat_fast.benchmarks.profiling import Profile, profiled
+from arat_fast.benchmarks.profiling import Profile, profile_or_none
 from arat_fast.benchmarks.step_variants import Setting, Switch, data
 from arat_fast.benchmarks.timing import ratio, take_turns
 from arat_fast.commands.table import format_table
@@ -104,7 +104,7 @@ def measure(options: AttackOptions) -> dict[str, Any]:
     for call in calls.values():
         call()
     seconds = take_turns(calls, device, turns, count=2 if on_gpu else 1)
-    profiles = {name: profiled(call, device) for name, call in calls.items()} if on_gpu else {}
+    profiles = {name: profile_or_none(call, device) for name, call in calls.items()} if on_gpu else {}
     ceilings = measure_ceilings(device)
     record = {
         name: _figures(name, seconds, setting, device, ceilings, profiles.get(name))

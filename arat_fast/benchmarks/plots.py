@@ -38,8 +38,8 @@ SHADES = (
     ("1.0", ""),
 )
 KIND_ORDER = (
-    "convolution", "BatchNorm", "compiled, mixed", "PGD", "optimizer", "augmentation", "classifier, losses",
-    "other",
+    "convolution", "BatchNorm", "compiled, mixed", "PGD", "optimizer", "foreach: casts, guard", "augmentation",
+    "classifier, losses", "other",
 )  # fmt: skip
 
 

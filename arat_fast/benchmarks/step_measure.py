@@ -19,7 +19,7 @@ from arat_fast.benchmarks.alone import Start, starts, use_caches
 from arat_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.floors import Floors, iteration_floors
-from arat_fast.benchmarks.profiling import Profile, profiled
+from arat_fast.benchmarks.profiling import Profile, profile_or_none
 from arat_fast.benchmarks.step_options import StepOptions, settled
 from arat_fast.benchmarks.step_variants import (
     Iteration,
@@ -104,10 +104,8 @@ def _measure(options: StepOptions, begun: dict[str, Start]) -> dict[str, Any]:
     images, labels = data(setting, device)
     calls = {name: _call(iterate, images, labels) for name, iterate in variants.items()}
     seconds = take_turns(calls, device, turns, count=4 if device.type == "cuda" else 1)
-    profiles: dict[str, Profile] = {}
-    for name in _worth_profiling(variants, device) if options.profile else []:
-        if not clock.over():
-            profiles[name] = profiled(calls[name], device, 3 if device.type == "cuda" else 1)
+    wanted = _worth_profiling(variants, device) if options.profile else []
+    profiles = {name: profile_or_none(calls[name], device) for name in wanted if not clock.over()}
     ceilings = measure_ceilings(device)
     record = {
         name: _figures(name, seconds, setting, device, ceilings, begun.get(name), profiles.get(name))

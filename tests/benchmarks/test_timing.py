@@ -109,6 +109,8 @@ def test_kinds_by_the_innermost_name_that_says_something() -> None:
     assert kind_of(["sm90_xmma_fprop_implicit_gemm_bf16"]) == "convolution"
     assert kind_of(["cutlass_80_tensorop_s1688gemm"]) == "classifier, losses"
     assert kind_of(["void at::native::multi_tensor_apply_kernel<FusedSgd>"]) == "optimizer"
+    assert kind_of(["multi_tensor_apply_kernel<CopyFunctor>"]) == "foreach: casts, guard"
+    assert kind_of(["cudnn::bn_fw_tr_1C11_kernel_NHWC"]) == "BatchNorm"
     assert kind_of(["triton_red_fused_mean_3"]) == "compiled, mixed"
     assert kind_of(["aten::mean"]) == "other"
 
