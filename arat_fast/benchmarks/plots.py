@@ -36,10 +36,12 @@ SHADES = (
     ("1.0", "...."),
     ("0.7", "xxxx"),
     ("1.0", ""),
+    ("0.4", "++++"),
+    ("0.9", "----"),
 )
 KIND_ORDER = (
-    "convolution", "BatchNorm", "compiled, mixed", "PGD", "optimizer", "foreach: casts, guard", "augmentation",
-    "classifier, losses", "other",
+    "convolution", "BatchNorm", "compiled, mixed", "PGD", "optimizer", "foreach: casts, guard",
+    "augmentation", "classifier, losses", "other",
 )  # fmt: skip
 
 
