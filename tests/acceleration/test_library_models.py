@@ -52,6 +52,7 @@ def test_in_fp32(build: Build, x: Tensor) -> None:
     assert_equal(accelerate(copy.deepcopy(original), precision="fp32"), original, x.float(), 5e-3)
 
 
+@pytest.mark.slow
 @BOTH
 def test_two_branches_equal_two_models(build: Build, x: Tensor) -> None:
     original = build().double()
@@ -162,6 +163,7 @@ def test_a_vision_transformer(library: str) -> None:
     assert 0 < float((half(x) - expected).detach().abs().max()) < 0.1 + 0.1 * float(expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["by accelerate", "in a function"])
 def test_compiled_whole(how: str, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a graph break, and once; Inductor takes its time and is left out."""
