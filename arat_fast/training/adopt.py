@@ -80,9 +80,9 @@ class LoaderStream:
         """The batches of `epoch` (from 1), the first `first_batch` of them skipped."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(counter_seed(self.seed, epoch))
-            sampler = getattr(self.loader, "sampler", None)
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
+            set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
             batches = iter(self.loader)
         for images, labels in itertools.islice(batches, first_batch, None):
             check_batch(images, labels)

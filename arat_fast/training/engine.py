@@ -215,8 +215,8 @@ class FastEngine:
         self.method.to(device)
         self.optimizer = build_optimizer(config, self.parameters(), fused=True)
         self.world = world
-        synchronised = config.sync_bn and world.size > 1
-        if synchronised:
+        synchronised = config.sync_bn and world.group is not None
+        if config.sync_bn and world.group is not None:
             synchronise_batch_norm(self.network, world.group)
             synchronise_batch_norm(self.method, world.group)
         compiles = device.type == "cuda" or has_bf16_matrix_units(device)

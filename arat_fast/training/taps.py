@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class TapHooks:
             for name in self.layers:
                 module.get_submodule(name).register_forward_hook(self._hook(name))
 
-    def _hook(self, name: str) -> object:
+    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def record(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             if self._collecting:
                 self._found[name] = pooled(F.relu(output))
