@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from arat_fast.kernels.random_start import random_start as random_start
     from arat_fast.kernels.split_batch_norm import split_batch_norm as split_batch_norm
     from arat_fast.models import create_model as create_model
+    from arat_fast.models.weights import load_weights as load_weights
     from arat_fast.nn import SplitBatchNorm2d as SplitBatchNorm2d
     from arat_fast.nn import bn_mode as bn_mode
     from arat_fast.nn import convert_split_bn as convert_split_bn
@@ -44,6 +45,7 @@ _PUBLIC = {
     "convert_split_bn": "arat_fast.nn",
     "create_model": "arat_fast.models",
     "load_recipe": "arat_fast.config",
+    "load_weights": "arat_fast.models.weights",
     "pgd_step": "arat_fast.kernels.pgd",
     "pgd_step_": "arat_fast.kernels.pgd",
     "random_crop_flip": "arat_fast.kernels.augment",

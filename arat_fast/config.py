@@ -235,7 +235,9 @@ class TrainConfig:
     ] = "arat"
     """Training method."""
     model: str = "resnet18"
-    """Network: resnet8, resnet18, wrn-34-10."""
+    """Network: resnet8, resnet18, wrn-34-10; for photos resnet18-imagenet, resnet50-imagenet; torchvision/NAME
+    or timm/NAME.
+    """
     dataset: str = "cifar10"
     """Data set: digits (bundled with scikit-learn), cifar10, cifar100, svhn, tiny-imagenet, imagenette, or
     folder (photos in class folders).

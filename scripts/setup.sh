@@ -50,6 +50,9 @@ fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 "$venv/bin/python" -m pip install -q -c constraints.txt setuptools wheel
 "$venv/bin/python" -m pip install -q -c constraints.txt --no-build-isolation -e ".[$extras]"
+# The peer that attacks are compared with. It pins a requests that the documentation's tools refuse and never
+# imports it, so it comes without its dependencies.
+[ "$extras" != dev ] || "$venv/bin/python" -m pip install -q -c constraints.txt --no-deps torchattacks
 # FFCV, for data that does not fit the device; the rest works without it. FFCV=0 leaves it out.
 [ "${FFCV:-1}" = 0 ] || scripts/ffcv.sh "$venv"
 say "ready: $venv/bin/arat-fast"

@@ -221,7 +221,8 @@ class FastEngine:
             synchronise_batch_norm(self.method, world.group)
         compiles = device.type == "cuda" or has_bf16_matrix_units(device)
         precision = resolve_precision(config.precision, device)
-        set_float32_products(precision)
+        if device.type == "cuda":
+            set_float32_products(precision)
         self.step = TrainStep(
             self.network,
             self.method,

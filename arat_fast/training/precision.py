@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.nn import SplitBatchNorm2d
+from arat_fast.nn.matrix_units import has_bf16_matrix_units
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 DTYPES = {
@@ -17,13 +18,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
-def has_bf16_matrix_units(device: torch.device) -> bool:
-    """Whether bf16 products run on matrix units: tensor cores from Ampere on, AMX tiles on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def resolve_precision(name: Precision, device: torch.device) -> Precision:
@@ -40,9 +34,9 @@ def resolve_precision(name: Precision, device: torch.device) -> Precision:
 def set_float32_products(name: Precision) -> None:
     """Let this process's float32 products run as TF32 ("tf32") or in full ("fp32"); others change nothing."""
     if name in ("fp32", "tf32"):
-        kind = "tf32" if name == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = kind
-        torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]
+        # Not the newer fp32_precision: once that is set, torch.export raises in the same process.
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        torch.backends.cudnn.allow_tf32 = name == "tf32"
 
 
 _CASTABLE = (nn.Conv2d, nn.Linear, SplitBatchNorm2d)
