@@ -235,8 +235,8 @@ class TrainConfig:
     ] = "arat"
     """Training method."""
     model: str = "resnet18"
-    """Network: resnet8, resnet18, wrn-34-10; for photos resnet18-imagenet, resnet50-imagenet; torchvision/NAME
-    or timm/NAME.
+    """Network: resnet8, resnet18, wrn-34-10; for photos resnet18-imagenet, resnet50-imagenet;
+    torchvision/NAME or timm/NAME.
     """
     dataset: str = "cifar10"
     """Data set: digits (bundled with scikit-learn), cifar10, cifar100, svhn, tiny-imagenet, imagenette, or
