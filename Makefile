@@ -52,12 +52,8 @@ test-oldest:
 	@scripts/oldest.sh
 
 # make docs              build the documentation into site/; fails where a link leads nowhere
-docs: $(VENV)/.docs-ready
+docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-$(VENV)/.docs-ready: $(READY)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[docs]"
-	@touch $@
 
 # make bench             measure everything small against its baselines; ARGS=--commit-results keeps the result
 bench: $(READY)

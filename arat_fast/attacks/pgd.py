@@ -148,8 +148,9 @@ class PGD:
             images are, else contiguous.
 
         Raises:
-            TypeError: images not float, labels not int64, or a model that returns no tensor. ValueError:
-            another shape or device, values out of range, or a model whose output is not (N, classes).
+            TypeError: images not float, labels not int64, or a model that returns no tensor.
+            ValueError: another shape or device, values out of range, or a model whose output is not (N,
+                classes).
         """
         check_batch(self.model, images, labels)
         largest = largest_label(images, labels) if self.check_values and len(images) else 0

@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, path: Path | str, branch: str = "adv") -> nn.
 
     Raises:
         UserError: what `read_weights` raises; weights of another network, of other shapes or of another
-        number of classes, named with both. The model is unchanged then.
+            number of classes, named with both. The model is unchanged then.
     """
     fit_weights(model, read_weights(path), branch, str(path))
     return model
