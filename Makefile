@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh scripts/ffcv.sh
 train: $(READY)
 	@$(BIN)/arat-fast train --config digits --with-standard --autoattack
 
-test: $(READY) lint types compile-kernels test-interpreted test-plain
+test: $(READY) lint types docs compile-kernels test-interpreted test-plain
 
 # make lint              style only
 lint: $(READY)
@@ -61,4 +61,4 @@ bench: $(READY)
 
 # make clean             remove the environment and caches, never runs/ or data/
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -123,7 +123,7 @@ class MARTConfig:
 
 @dataclass(frozen=True)
 class MAILConfig:
-    """MAIL (Liu et al. 2021): weights 3·sigmoid(slope·(margin + bias)) of the images' losses."""
+    """MAIL (Wang et al. 2021): weights 3·sigmoid(slope·(margin + bias)) of the images' losses."""
 
     __pydantic_config__ = _STRICT
 

@@ -1,4 +1,4 @@
-"""MAIL (Liu et al., NeurIPS 2021): images near the decision boundary weigh more in AT, TRADES or MART.
+"""MAIL (Wang et al., NeurIPS 2021): images near the decision boundary weigh more in AT, TRADES or MART.
 
     w_i = 3 sigmoid(slope * (p_k*(x'_i) - p_y(x'_i) + bias))     detached; k*: the most probable wrong class
     MAIL-AT     mean(w CE(x'))
