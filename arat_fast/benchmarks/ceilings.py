@@ -20,7 +20,8 @@ from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.timing import seconds_of
 from arat_fast.errors import UserError
 from arat_fast.evaluation.record import write_json
-from arat_fast.training.precision import Precision, has_bf16_matrix_units
+from arat_fast.nn.matrix_units import has_bf16_matrix_units
+from arat_fast.training.precision import Precision
 
 REPEATS = 7
 

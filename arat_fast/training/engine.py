@@ -26,11 +26,12 @@ from arat_fast.nn import (
     to_authors,
     use_branch,
 )
+from arat_fast.nn.matrix_units import has_bf16_matrix_units
 from arat_fast.training.adopt import adopt
 from arat_fast.training.build import build_fast, build_method, build_network, build_optimizer
 from arat_fast.training.distributed import ALONE, World
 from arat_fast.training.finite import FiniteGuard
-from arat_fast.training.precision import has_bf16_matrix_units, resolve_precision, set_float32_products
+from arat_fast.training.precision import resolve_precision, set_float32_products
 from arat_fast.training.step import TrainStep
 from arat_fast.training.teacher import load_teacher
 
