@@ -1,10 +1,10 @@
 """What each method costs relative to adversarial training: python bench/method_costs.py [--json FILE]
 
 Counted: operations an image in one iteration on the fast path (`arat_fast.training.cost`), over AT's.
-Measured: seconds of an iteration over AT's, the methods taking turns in one process, turn divided by turn;
-median and [least, most]. Random images, weights as drawn, ten steps of each method's published attack: AT's
-and ARAT's on batch statistics; the others' on running statistics, which are folded into the convolutions and
-take less time than their operations say.
+Measured: seconds of an iteration over AT's (on a CPU the process's own), the methods taking turns in one
+process, turn divided by turn; median and [least, most]. Random images, weights as drawn, ten steps of each
+method's published attack: AT's and ARAT's on batch statistics; TRADES', MART's, MAIL's and LBGAT's on running
+statistics, which are folded into the convolutions and take less time than their operations say.
 The committed CPU result is bench/results/method_costs_cpu.json.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from arat_fast.benchmarks.timing import ratio, take_turns
 from arat_fast.commands.table import format_table
 from arat_fast.config import EMRConfig, LBGATConfig, TRADESConfig, TrainConfig, resolved
 from arat_fast.evaluation.record import write_json
+from arat_fast.nn.matrix_units import has_bf16_matrix_units
 from arat_fast.training.build import build_fast, pick_device
 from arat_fast.training.cost import iteration_cost
-from arat_fast.training.precision import has_bf16_matrix_units, resolve_precision
+from arat_fast.training.precision import resolve_precision
 from arat_fast.training.step import TrainStep
 
 EMR = {"emr": EMRConfig(1 / 128, 1.0)}
@@ -73,6 +75,17 @@ def call_of(step: TrainStep, images: torch.Tensor, labels: torch.Tensor) -> Call
     return lambda: step(images, labels)
 
 
+def turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of this process, which other work on the machine hardly changes."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - started)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,8 +116,11 @@ def main() -> None:
         attack_steps=TrainConfig().attack.steps,
         precision=resolve_precision("auto", device),
         repeats=options.repeats,
+        clock="device" if device.type == "cuda" else "CPU seconds of the process",
     )
-    seconds = take_turns(calls, device, options.repeats)
+    seconds = (
+        take_turns(calls, device, options.repeats) if device.type == "cuda" else turns(calls, options.repeats)
+    )
     result: dict[str, Any] = {}
     for name in calls:
         middle, spread = ratio(seconds[name], seconds["at"])
