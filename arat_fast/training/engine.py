@@ -238,7 +238,6 @@ class FastEngine:
             world=world,
             guard=True,
         )
-        self.method.compute = self.step.dtype
 
     @property
     def guard(self) -> FiniteGuard | None:

@@ -96,6 +96,7 @@ class TrainStep:
         if self.dtype in (torch.bfloat16, torch.float16) and not can_be_cast(model):
             self.autocast = partial(torch.autocast, self.device.type, self.dtype)
             self.dtype = torch.float32
+        method.compute = self.dtype  # of a second network's convolutions
         self.twin = LowPrecisionTwin(model, self.dtype)
         # Counters on the device, so that a replayed graph counts on; their values on the host beside them.
         self.step, self.epoch, self.seed = (
