@@ -282,6 +282,10 @@ class TrainConfig:
     """Compile the fast engine's passes where that pays: on a GPU, or a CPU with bf16 matrix units."""
     capture: bool = True
     """On a GPU, replay the fast engine's iteration as one CUDA graph."""
+    batch_per_process: bool = False
+    """With several processes: batch_size is each one's, and the learning rate is multiplied by their number;
+    off: batch_size is that of all together, and nothing depends on their number.
+    """
     sync_bn: bool = False
     """With several processes: BatchNorm over the images of all of them; off: each normalises its own."""
     loader: Literal["auto", "ffcv", "resident", "torchvision"] = "auto"

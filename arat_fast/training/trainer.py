@@ -83,7 +83,7 @@ class Trainer:
             raise ValueError("run_dir is None; give the folder of the run")
         if (train is None) == (loaders is None):
             raise ValueError("give the training images as `train`, or a DataLoader as `loaders`; not both")
-        local_batch = world.local_batch(config.batch_size)
+        local_batch = config.batch_size if config.batch_per_process else world.local_batch(config.batch_size)
         self.train_images: ImageSource | OwnData
         self.validation_images: ImageSet | None = None
         self._source: ImageSource | None = None
@@ -277,6 +277,8 @@ class Trainer:
 
     def _train_epoch(self, signals: StopSignals) -> None:
         rate = learning_rate(self.config, self.epoch)
+        if self.config.batch_per_process:
+            rate *= self.world.size
         set_learning_rate(self.optimizer, rate)
         self.engine.start_epoch(self.epoch, rate_factor(self.config, self.epoch))
         if self.batch == 0:

@@ -71,6 +71,11 @@ def test_one_run_directory_and_resume_with_another_world_size(tmp_path: Path) ->
     ]
     second = subprocess.run(alone, capture_output=True, text=True, timeout=120)
     assert second.returncode == 0, second.stderr
+    assert "lr 0.02 " in first.stderr
+    scaled = ("--batch-per-process", "--epochs", "1", "--no-evaluate", "--batch-size", "33")
+    other = torchrun("-m", "arat_fast.cli", *shared[:-1], str(tmp_path / "scaled"), *scaled)
+    assert other.returncode == 0, other.stderr[-3000:]
+    assert "lr 0.04 " in other.stderr  # two processes' worth
     third = torchrun(
         "-m", "arat_fast.cli", *shared, "--sync-bn", "--epochs", "4", "--resume", "--evaluation.limit", "20",
         "--evaluation.steps", "2",
