@@ -103,9 +103,10 @@ def measure(options: AttackOptions) -> dict[str, Any]:
     calls = {name: _call(attack, images, labels) for name, attack in attacks.items()}
     for call in calls.values():
         call()
+    before = measure_ceilings(device)
     seconds = take_turns(calls, device, turns, count=2 if on_gpu else 1)
     profiles = {name: profile_or_none(call, device) for name, call in calls.items()} if on_gpu else {}
-    ceilings = measure_ceilings(device)
+    ceilings = measure_ceilings(device).best(before)
     record = {
         name: _figures(name, seconds, setting, device, ceilings, profiles.get(name))
         | {"loss_reached": losses[name]}

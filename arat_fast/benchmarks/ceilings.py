@@ -8,7 +8,6 @@ The clock, the temperature and the neighbours of a run are its own, so a data sh
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of large operations on random data, medians.
+    """Rates of large operations on random data, the fastest of several: what the device can do at most.
 
     fp32_flop_per_second: as torch is set, so TF32 where its products are allowed to be. bf16 is None where
     the device has no matrix units for it. copy_bytes_per_second counts bytes read and bytes written.
@@ -44,6 +43,17 @@ class Ceilings:
             return self.bf16_flop_per_second
         return self.fp32_flop_per_second
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements, rate by rate: before and after what is compared with them."""
+        halves = [
+            rate for rate in (self.bf16_flop_per_second, other.bf16_flop_per_second) if rate is not None
+        ]
+        return Ceilings(
+            max(self.fp32_flop_per_second, other.fp32_flop_per_second),
+            max(halves) if halves else None,
+            max(self.copy_bytes_per_second, other.copy_bytes_per_second),
+        )
+
     def fields(self) -> dict[str, float | None]:
         """For a record's conditions."""
         return asdict(self)
@@ -54,7 +64,7 @@ def matmul_flop_per_second(device: torch.device, dtype: torch.dtype, side: int =
     n = side or (8192 if device.type == "cuda" else 1536)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / statistics.median(seconds_of(lambda: a @ b, device) for _ in range(REPEATS))
+    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(REPEATS))
 
 
 def copy_bytes_per_second(device: torch.device, size: int = 0) -> float:
@@ -63,8 +73,7 @@ def copy_bytes_per_second(device: torch.device, size: int = 0) -> float:
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    seconds = [seconds_of(lambda: target.copy_(source), device) for _ in range(REPEATS)]
-    return 2 * size / statistics.median(seconds)
+    return 2 * size / min(seconds_of(lambda: target.copy_(source), device) for _ in range(REPEATS))
 
 
 def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:

@@ -86,8 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     floors = given["floors_images_per_second"]
     print(
-        f"floors of fast: arithmetic {floors['arithmetic']:,.0f} images/s, bytes {floors['bytes']:,.0f}, "
-        f"one after the other {floors['in_turn']:,.0f}"
+        f"floors of fast: arithmetic {floors['arithmetic']:,.4g} images/s, bytes {floors['bytes']:,.4g}, "
+        f"one after the other {floors['in_turn']:,.4g}"
     )
     for name, figures in record["variants"].items():
         if figures["profile"] is not None:

@@ -102,11 +102,12 @@ def _measure(options: StepOptions, begun: dict[str, Start]) -> dict[str, Any]:
     names = variant_names(setting, device, options.variants)
     variants = _built(names, setting, device, clock)
     images, labels = data(setting, device)
+    before = measure_ceilings(device)
     calls = {name: _call(iterate, images, labels) for name, iterate in variants.items()}
     seconds = take_turns(calls, device, turns, count=4 if device.type == "cuda" else 1)
     wanted = _worth_profiling(variants, device) if options.profile else []
     profiles = {name: profile_or_none(calls[name], device) for name in wanted if not clock.over()}
-    ceilings = measure_ceilings(device)
+    ceilings = measure_ceilings(device).best(before)
     record = {
         name: _figures(name, seconds, setting, device, ceilings, begun.get(name), profiles.get(name))
         for name in variants

@@ -49,6 +49,8 @@ def test_ceilings_are_rates_of_this_device(tmp_path) -> None:
     assert Ceilings(1.0, None, 3.0).flop_per_second("bf16") == 1.0
     assert Ceilings(1.0, 2.0, 3.0).flop_per_second("fp16") == 2.0
     assert Ceilings(1.0, 2.0, 3.0).flop_per_second("fp32") == 1.0
+    assert Ceilings(1.0, None, 4.0).best(Ceilings(2.0, 5.0, 3.0)) == Ceilings(2.0, 5.0, 4.0)
+    assert Ceilings(1.0, None, 4.0).best(Ceilings(2.0, None, 3.0)).bf16_flop_per_second is None
     assert "copy 1e+03 GB/s" in describe(Ceilings(1.0, 2.0, 1e12))
 
 
