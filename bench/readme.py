@@ -32,7 +32,8 @@ def on_gpu(record: Record) -> bool:
 def machine(record: Record) -> str:
     """The processor's or the GPU's name."""
     given = record["conditions"]
-    return given["gpu"]["name"] if on_gpu(record) else f"{given['cpu']}, {given['threads']} threads"
+    threads = f"{given['threads']} thread{'s' if given['threads'] != 1 else ''}"
+    return given["gpu"]["name"] if on_gpu(record) else f"{given['cpu']}, {threads}"
 
 
 def _conditions(record: Record) -> str:
