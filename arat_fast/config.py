@@ -325,6 +325,19 @@ PUBLISHED_ATTACKS: dict[str, tuple[str, str, str]] = {
 PUBLISHED_MARGINS = {"mail-at": (10.0, -0.5), "mail-trades": (2.0, 0.0), "mail-mart": (1.0, -1.5)}
 
 
+_ATTACK_ADAPTER = TypeAdapter(AttackConfig)
+
+
+def checked_attack(attack: AttackConfig) -> AttackConfig:
+    """The attack, its names and ranges checked as a run's are. Raises ValueError naming the field."""
+    try:
+        return _ATTACK_ADAPTER.validate_python(dataclasses.asdict(attack))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"attack.{name} is {first['input']!r}: {first['msg']}") from None
+
+
 def resolved_attack(attack: AttackConfig, method: str) -> AttackConfig:
     """The attack with its "auto" choices replaced by what the method's authors attack with."""
     published = PUBLISHED_ATTACKS.get(method, ("ce", "uniform", "batch"))

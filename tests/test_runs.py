@@ -68,3 +68,17 @@ def test_tensorboard_holds_each_epochs_figures(
     events.Reload()
     losses = [event.value for event in events.Scalars("loss")]
     assert losses == pytest.approx([line["loss"] for line in trainer.directory.metrics()], rel=1e-5)
+
+
+def test_a_damaged_run_hides_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "deep" / "stopped" / "config.json").write_text("{")
+    assert main(["runs", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert "unreadable" in table
+    assert "complete" in table
+
+
+def test_resuming_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run-dir", str(tmp_path / "none"), "--resume"]) == 2
+    assert "holds no run to resume; --config NAME starts one there" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import tyro
 from arat_fast.commands.table import format_table, title
 from arat_fast.errors import UserError
 from arat_fast.training.directory import LAST_GOOD, RunDirectory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,23 @@ def describe_run(directory: RunDirectory) -> dict[str, object]:
     }
 
 
+def _described_or_unreadable(path: Path) -> dict[str, object]:
+    """One damaged run does not hide the others."""
+    try:
+        return describe_run(RunDirectory(path))
+    except (UserError, ValueError, KeyError) as error:
+        log.warning("%s: %s", path, " ".join(str(error).split())[:200])
+        unknown = dict.fromkeys(("method", "model", "dataset", "epoch", "epochs"), "?")
+        return {"run": str(path), **unknown, "state": "unreadable", "loss": None, "results": {}}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(RunsOptions, args=list(arguments), prog="arat-fast runs")
     if not options.folder.is_dir():
         raise UserError(f"no folder {options.folder}; `arat-fast train` writes its runs under runs/")
     found = sorted(p.parent for p in options.folder.rglob("config.json"))
-    runs = [describe_run(RunDirectory(path)) for path in found]
+    runs = [_described_or_unreadable(path) for path in found]
     if options.json:
         print(json.dumps(runs, indent=2))
         return 0

@@ -76,6 +76,10 @@ def _parse(arguments: Sequence[str]) -> TrainOptions:
     if recipe is None and found.resume and found.run_dir is not None:
         recorded = RunDirectory(found.run_dir).config_file
         recipe = str(recorded) if recorded.is_file() else None
+    if recipe is None and found.resume and found.run_dir is not None:
+        raise UserError(
+            f"{found.run_dir} holds no run to resume; to start one there, say which: --config NAME"
+        )
     recipe = recipe or "arat-cifar10-resnet18"
     default = TrainOptions(settings=load_recipe(recipe), config=recipe)
     description = (TrainOptions.__doc__ or "").replace("RECIPES", ", ".join(recipe_names()))

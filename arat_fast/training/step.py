@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from arat_fast.config import AttackConfig, resolved_attack
+from arat_fast.config import AttackConfig, checked_attack, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.methods.base import Method, Outputs
 from arat_fast.nn import SplitBatchNorm2d, bind_branches, bn_mode, use_branch
@@ -63,8 +63,9 @@ class TrainStep:
     which `indices` are gathered), or float (N, C, H, W) in [0, 1], taken as they are. Metrics are 0-d device
     tensors, valid until the next call; nothing waits for the device.
 
-    Raises ValueError when the method needs branches or taps that the model lacks, before anything has
-    changed.
+    Raises ValueError when the method needs branches or taps that the model lacks, when the optimizer lacks a
+    trainable parameter of either, and for an attack that is none, before anything has changed. Pixels and
+    label values are not looked at: that would wait for the device.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class TrainStep:
         parameter = next(model.parameters())
         self.device, self.exact = parameter.device, parameter.dtype is torch.float64
         self.model, self.method, self.optimizer = model, method, optimizer
-        self.settings = resolved_attack(attack, method.name)
+        self.settings = resolved_attack(checked_attack(attack), method.name)
         self.padding, self.flip = padding, flip
         _check_branches(model, method)
+        _check_optimizer(model, method, optimizer)
         self.precision = resolve_precision(precision, self.device)
         self.dtype = parameter.dtype if self.exact else DTYPES[self.precision]
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -327,6 +329,23 @@ class TrainStep:
             assert logits is not None
             metrics[f"accuracy_{name}"] = (logits.detach().argmax(1) == labels).float().mean()
         return metrics
+
+
+def _check_optimizer(model: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer made before a conversion would train parameters that the model no longer has."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        name
+        for prefix, module in (("model.", model), ("method.", method))
+        for name, p in ((prefix + n, p) for n, p in module.named_parameters())
+        if p.requires_grad and id(p) not in held
+    ]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(
+            f"the optimizer does not hold {shown}: build it last, over [*model.parameters(), "
+            "*method.parameters()]; a parameter that shall stay gets requires_grad_(False)"
+        )
 
 
 def _check_branches(model: nn.Module, method: Method) -> None:

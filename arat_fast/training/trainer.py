@@ -189,6 +189,8 @@ class Trainer:
     def _open(self, resume: bool) -> None:
         """Make the directory or take it over; with several processes, rank 0 does and the others follow."""
         continues = self.world.from_main(resume and self.directory.config_file.exists())
+        if resume and not continues:
+            log.info("%s holds no run yet: starting one", self.directory.path)
         if self.world.is_main and not continues:
             self.directory.create(self.config, environment(self.device) | {"world_size": self.world.size})
         if not continues:

@@ -196,3 +196,32 @@ def test_fp16_skips_an_overflowing_step_and_lowers_its_scale() -> None:
     step(x, y)
     assert all(torch.equal(a, b) for a, b in zip(before, ours.parameters(), strict=True))
     assert step.scaler.get_scale() == 2.0**59
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss": "foo"}, r"attack\.loss is 'foo'"),
+        ({"start": "foo"}, r"attack\.start is 'foo'"),
+        ({"bn": "foo"}, r"attack\.bn is 'foo'"),
+        ({"norm": "L1"}, r"attack\.norm is 'L1'"),
+        ({"steps": 0}, r"attack\.steps is 0"),
+        ({"eps": -0.1}, r"attack\.eps is -0\.1"),
+    ],
+)
+def test_an_attack_that_is_none_is_refused(wrong: dict[str, Any], message: str) -> None:
+    _, ours = pair(BOTH, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        step_of(ours, CrossEntropies(BOTH), attack=AttackConfig(**wrong))
+
+
+def test_an_optimizer_made_too_early_is_refused() -> None:
+    _, ours = pair(BOTH, torch.float32)
+    layers = ours.invariance_layers
+    dims = {name: ours.get_submodule(name).num_features for name in layers}  # type: ignore[union-attr]
+    method = methods.ARAT(ARATConfig(), dims)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"does not hold method\.predictors\.0\.0\.weight, .* and \d+ more"):
+        TrainStep(ours, method, optimizer, attack=AttackConfig())
+    method.requires_grad_(False)
+    TrainStep(ours, method, optimizer, attack=AttackConfig())
