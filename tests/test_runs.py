@@ -80,5 +80,5 @@ def test_a_damaged_run_hides_no_other(folder: Path, capsys: pytest.CaptureFixtur
 
 def test_resuming_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--run-dir", str(tmp_path / "none"), "--resume"]) == 2
-    assert "holds no run to resume; --config NAME starts one there" in capsys.readouterr().err
+    assert "holds no run to resume; to start one there, say which: --config NAME" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
