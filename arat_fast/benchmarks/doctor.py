@@ -78,6 +78,7 @@ REMEDIES = {
     "classifier, losses": "small networks spend their time here; a larger --batch-size",
     "compiled, mixed": "compiled code of BatchNorm, losses and the rest; --no-compile names its parts",
     "augmentation": "one launch a batch on a GPU; on a CPU give the process more --threads",
+    "foreach: casts, guard": "one pass over the weights each; a larger --batch-size spreads them",
     "other": "small operations: a larger --batch-size, and on a GPU --compile with --capture",
 }
 

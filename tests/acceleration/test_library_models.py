@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from exactness import assert_equal
+from agreement import assert_equal
 from torch import Tensor, nn
 
 from arat_fast.acceleration import accelerate, revert

@@ -9,7 +9,7 @@ from typing import Any
 import own_models as own
 import pytest
 import torch
-from exactness import assert_equal
+from agreement import assert_equal
 from torch import Tensor, nn
 
 from arat_fast.acceleration import accelerate, revert
