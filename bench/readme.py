@@ -71,6 +71,8 @@ def step_table(name: str, record: Record) -> str:
     )
     lines = ["| variant | images/s | times as fast (least–most of the turns) | MFU | peak memory |"]
     lines += ["|---|---|---|---|---|", *step_rows(record)]
+    if any(figures["mfu"] > 1 for figures in record["variants"].values()):
+        lines += ["", "An MFU above 100 %: other processes slowed the product that it is measured against."]
     return head + "\n\n" + "\n".join(lines)
 
 
