@@ -76,10 +76,6 @@ def _parse(arguments: Sequence[str]) -> TrainOptions:
     if recipe is None and found.resume and found.run_dir is not None:
         recorded = RunDirectory(found.run_dir).config_file
         recipe = str(recorded) if recorded.is_file() else None
-    if recipe is None and found.resume and found.run_dir is not None:
-        raise UserError(
-            f"{found.run_dir} holds no run to resume; to start one there, say which: --config NAME"
-        )
     recipe = recipe or "arat-cifar10-resnet18"
     default = TrainOptions(settings=load_recipe(recipe), config=recipe)
     description = (TrainOptions.__doc__ or "").replace("RECIPES", ", ".join(recipe_names()))
@@ -147,6 +143,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.resume and options.run_dir is None:
         raise UserError("--resume needs --run-dir: the folder of the run to continue")
+    named = any(word.split("=")[0] == "--config" for word in arguments)
+    fresh = options.run_dir is not None and not RunDirectory(options.run_dir).config_file.is_file()
+    if options.resume and fresh and not named:
+        raise UserError(
+            f"{options.run_dir} holds no run to resume; to start one there, say which: --config NAME"
+        )
     world = join_world(config.device)
     if not world.is_main:
         logging.getLogger().setLevel(logging.WARNING)
