@@ -1,13 +1,16 @@
-"""The ARAT paper's findings in small: python bench/findings_digits.py [--json FILE] [--seeds 3] [--runs DIR]
+"""The ARAT paper's findings in small: python bench/findings.py SETTING [--json FILE] [--seeds 3] [--runs DIR]
 
-Trains the `digits` recipe at full length, every variant from the same seeds, and asks
+Settings: `digits`, that recipe at full length; `cifar10`, the paper's recipe cut down to what a CPU trains in
+minutes (a small network, a part of the images, few epochs; `--data-root` names the folder of the data).
+Trains every variant from the same seeds, and asks
 
 (a) has the naive invariance loss (symmetric, no predictor) more gradient conflict than stop-gradient?
 (b) does split BatchNorm separate the statistics of clean and adversarial images?
 (c) is ARAT's sum of clean and robust accuracy at least that of adversarial training (AT)?
 
 A finding counts as reproduced where every seed shows it. Runs in DIR that are complete are not trained
-again. The committed result is bench/results/findings_digits.json.
+again, so seeds may be trained by several processes at a time (`--from-seed`). The committed results are
+bench/results/findings_*.json.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from arat_fast.analysis.collect import Collector, collected
 from arat_fast.analysis.run import AnalysisOptions, analyse_run
 from arat_fast.config import TrainConfig, load_recipe
 from arat_fast.environment import environment
-from arat_fast.evaluation.results import evaluate_run
+from arat_fast.evaluation.results import EvaluationOptions, evaluate_run
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import Batch
@@ -39,10 +42,9 @@ from arat_fast.training.build import build_method, build_network, build_optimize
 from arat_fast.training.directory import RunDirectory
 from arat_fast.training.trainer import Trainer
 
-EVERY = 10  # iterations between two measurements of gradient conflict
 CPU = torch.device("cpu")
 ACCURACIES = ("clean", "pgd20", "autoattack")
-# What differs from the digits recipe.
+# What differs from the setting's recipe.
 VARIANTS: dict[str, dict[str, Any]] = {
     "arat": {},
     "naive": {"arat": {"invariance": "symmetric", "predictor": False}},
@@ -50,6 +52,43 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "arat, no split BN": {"arat": {"split_bn": False}},
     "at": {"method": "at"},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the variants are trained and measured on.
+
+    test_images: the first so many, 0 for all; attacked: how many of those AutoAttack gets; every: iterations
+    between two measurements of gradient conflict.
+    """
+
+    what: str
+    base: TrainConfig
+    test_images: int
+    attacked: int
+    every: int
+
+
+def setting(name: str) -> Setting:
+    if name == "digits":
+        return Setting("the digits recipe at full length", load_recipe("digits"), 0, 0, 10)
+    base = load_recipe("arat-cifar10-resnet18")
+    small = dataclasses.replace(
+        base,
+        model="resnet8",
+        limit_train=10_000,
+        epochs=12,
+        learning_rate=0.1,
+        first_epoch_learning_rate=0.02,
+        drops=(9, 12),
+        threads=1,
+        compile=False,
+        loader="resident",
+        attack=dataclasses.replace(base.attack, steps=3, alpha=4 / 255),
+        evaluation=dataclasses.replace(base.evaluation, limit=250),
+    )
+    what = "the paper's CIFAR-10 recipe with ResNet-8, 10,000 images, 12 epochs and PGD-3 of step 4/255"
+    return Setting(what, small, 1000, 200, 40)
 
 
 class Flop(TorchDispatchMode):
@@ -67,7 +106,7 @@ class Flop(TorchDispatchMode):
 
 def train(config: TrainConfig, images: ImageSource, folder: Path) -> float:
     """Train a run with gradient conflict measured on the way; median seconds of an iteration without that."""
-    trainer = Trainer(dataclasses.replace(config, analysis_every=EVERY), images, folder)
+    trainer = Trainer(config, images, folder)
     iterate, seconds = trainer.engine.iterate, []
 
     def timed(batch: Batch, epoch: int, step: int) -> dict[str, torch.Tensor]:
@@ -81,33 +120,36 @@ def train(config: TrainConfig, images: ImageSource, folder: Path) -> float:
     return statistics.median(seconds)
 
 
-def configuration(variant: str, seed: int) -> TrainConfig:
+def configuration(of: Setting, variant: str, seed: int) -> TrainConfig:
     changes = dict(VARIANTS[variant])
-    config = load_recipe("digits")
     if "arat" in changes:
-        changes["arat"] = dataclasses.replace(config.arat, **changes["arat"])
-    return dataclasses.replace(config, seed=seed, device="cpu", **changes)
+        changes["arat"] = dataclasses.replace(of.base.arat, **changes["arat"])
+    return dataclasses.replace(of.base, seed=seed, device="cpu", analysis_every=of.every, **changes)
 
 
-def measure(variant: str, seed: int, folder: Path, data: tuple[ImageSource, ImageSet]) -> dict[str, Any]:
+def measure(
+    of: Setting, variant: str, seed: int, folder: Path, data: tuple[ImageSource, ImageSet]
+) -> dict[str, Any]:
     """Train, unless the folder holds the finished run, and analyse."""
-    config = configuration(variant, seed)
+    config = configuration(of, variant, seed)
     torch.set_num_threads(config.threads)
     cost = folder.with_name(folder.name + "-cost.json")
     if len(RunDirectory(folder).metrics()) < config.epochs:
         cost.write_text(json.dumps({"iteration_seconds": train(config, data[0], folder)}))
     what = ["mixture", "tradeoff"] + (["conflict"] if config.method == "arat" else [])
     result = analyse_run(folder, *data, what, device=CPU, options=AnalysisOptions())
-    attacks = list(ACCURACIES) if variant in ("arat", "at") else ["clean", "pgd20"]
-    figures = evaluate_run(folder, data[1], attacks, device=CPU)["figures"]
+    figures = evaluate_run(folder, data[1], ["clean", "pgd20"], device=CPU)["figures"]
+    if variant in ("arat", "at"):
+        options = EvaluationOptions(limit=of.attacked)
+        figures |= evaluate_run(folder, data[1], ["autoattack"], device=CPU, options=options)["figures"]
     layers = result["mixture"]["layers"].values()
     variances = {b: statistics.mean(v.values()) for b, v in result["mixture"]["variance"].items()}
     row: dict[str, Any] = {
         "variant": variant,
         "seed": seed,
         "revision": json.loads((folder / "environment.json").read_text())["revision"],
-        **{name: 100 * figures[name]["accuracy"] for name in attacks},
-        "test_images": figures["clean"]["n"],
+        **{name: 100 * figures[name]["accuracy"] for name in ACCURACIES if name in figures},
+        "test_images": {name: figures[name]["n"] for name in ACCURACIES if name in figures},
         "relative_feature_distance": statistics.mean(v["relative"] for v in layers),
         "bn_divergence": {
             kind: statistics.mean(v["divergence"][kind]["mean"] for v in layers)
@@ -134,22 +176,24 @@ def measure(variant: str, seed: int, folder: Path, data: tuple[ImageSource, Imag
     return row
 
 
-def flop_of_a_collection(data: ImageSource) -> dict[str, float]:
+def flop_of_a_collection(of: Setting, data: ImageSource) -> dict[str, float]:
     """Operations of one measurement of gradient conflict and of one training iteration, counted on the plain
     network.
     """
-    config = configuration("arat", 0)
-    images = torch.rand(config.batch_size, 1, 8, 8)
+    config = configuration(of, "arat", 0)
+    height, width, channels = data.image_shape
+    images = torch.rand(config.batch_size, channels, height, width)
     labels = torch.zeros(config.batch_size, dtype=torch.int64)
-    method = build_method(config, build_network(config, 1, data.num_classes))
+    method = build_method(config, build_network(config, channels, data.num_classes))
     assert isinstance(method, reference.ARAT)
     optimizer = build_optimizer(config, list(method.parameters()))
+    attack = config.attack
     with Flop() as iteration:
         reference.train_step(
-            method, optimizer, images, labels, eps=0.12, alpha=0.03, steps=config.attack.steps
+            method, optimizer, images, labels, eps=attack.eps, alpha=attack.alpha, steps=attack.steps
         )
     folder = Path("/dev")  # the line goes to /dev/null
-    made = Collector(1, folder, config=config, channels=1, num_classes=data.num_classes, device=CPU)
+    made = Collector(1, folder, config=config, channels=channels, num_classes=data.num_classes, device=CPU)
     made.file = folder / "null"
     with Flop() as collection:
         made.after_step(1, 1, state=method.state_dict, batch=lambda: (images, labels))
@@ -216,25 +260,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("setting", choices=("digits", "cifar10"))
+    parser.add_argument("--data-root", help="folder of CIFAR-10")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=Path, default=Path("build/findings_digits"))
+    parser.add_argument("--from-seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, help="build/findings_SETTING")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
-    data = sources.load("digits")
+    of = setting(options.setting)
+    runs = options.runs or Path(f"build/findings_{options.setting}")
+    runs.mkdir(parents=True, exist_ok=True)
+    train_set, test = sources.load(options.setting, options.data_root)
+    data = train_set, test.first(of.test_images)
     rows = []
-    for seed in range(options.seeds):
+    for seed in range(options.from_seed, options.seeds):
         for variant in options.variants:
             name = f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}".lower()
-            rows.append(measure(variant, seed, options.runs / name, data))
+            rows.append(measure(of, variant, seed, runs / name, data))
             print(json.dumps(rows[-1]), flush=True)
     record = {
-        "what": "the ARAT paper's findings on the digits recipe at full length",
+        "what": f"the ARAT paper's findings on {of.what}",
         "date": datetime.date.today().isoformat(),
-        "conditions": environment(CPU) | {"seeds": options.seeds, "conflict_every": EVERY},
+        "conditions": environment(CPU) | {"seeds": options.seeds, "conflict_every": of.every},
         "findings": findings(rows),
-        "flop": flop_of_a_collection(data[0]),
+        "flop": flop_of_a_collection(of, train_set),
         "rows": rows,
     }
     for answer in record["findings"]:  # type: ignore[attr-defined]
