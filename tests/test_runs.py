@@ -70,6 +70,12 @@ def test_tensorboard_holds_each_epochs_figures(
     assert losses == pytest.approx([line["loss"] for line in trainer.directory.metrics()], rel=1e-5)
 
 
+def test_a_checkpoint_cut_short_shows(folder: Path) -> None:
+    checkpoint = folder / "done" / "last.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    assert describe_run(RunDirectory(folder / "done"))["state"] == "damaged"
+
+
 def test_a_damaged_run_hides_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "deep" / "stopped" / "config.json").write_text("{")
     assert main(["runs", str(folder)]) == 0

@@ -25,7 +25,7 @@ from arat_fast.config import TrainConfig
 from arat_fast.errors import TrainingError, UserError
 from arat_fast.loaders.stream import counter_seed
 from arat_fast.training.build import build_network
-from arat_fast.training.engine import warm_up_factor
+from arat_fast.training.schedule import warm_up_factor
 
 log = logging.getLogger(__name__)
 FILE = "analysis.jsonl"

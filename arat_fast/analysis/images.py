@@ -18,7 +18,7 @@ from arat_fast.evaluation.network import TrainedNetwork
 from arat_fast.loaders.choose import open_stream
 from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import counter_seed
-from arat_fast.training.engine import augmented
+from arat_fast.training.augmentation import augmented
 
 NORMAL_START = 0.001  # standard deviation of the `normal` start, in pixel units
 

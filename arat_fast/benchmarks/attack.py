@@ -44,7 +44,7 @@ from arat_fast.benchmarks.step_variants import Setting, Switch, data
 from arat_fast.benchmarks.timing import ratio, take_turns
 from arat_fast.commands.table import format_table
 from arat_fast.errors import UserError
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.training.build import check_model, pick_device, use_threads
 from arat_fast.training.precision import Precision, resolve_precision
 
@@ -176,6 +176,7 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(AttackOptions, args=list(arguments), prog="arat-fast bench attack")
+    check_writable(options.json)
     record = measure(options)
     given = record["conditions"]
     print(table(record))

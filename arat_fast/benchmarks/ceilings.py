@@ -18,7 +18,7 @@ import torch
 from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.timing import seconds_of
 from arat_fast.errors import UserError
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.nn.matrix_units import has_bf16_matrix_units
 from arat_fast.training.precision import Precision
 
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     options = parser.parse_args(list(arguments))
+    check_writable(options.json)
     there = torch.cuda.is_available()
     if options.device == "cuda" and not there:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or check `arat-fast env`")

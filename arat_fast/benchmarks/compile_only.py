@@ -10,7 +10,6 @@ interprets.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.kernels.compile_cases import ALL_TARGETS, CompileCase, all_cases
 
 ELEMENT_BYTES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a JSON list")
     options = parser.parse_args(arguments)
+    check_writable(options.json)
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing can be compiled; unset it")
 
@@ -198,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         f"{name} loads {result.load_bytes} bytes at a time, not {case.load_bytes}"
                     )
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+        write_json(options.json, [asdict(result) for result in results])
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
     print(

@@ -24,12 +24,13 @@ from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.profiling import Profile, format_profile, profiled
 from arat_fast.benchmarks.timing import seconds_of, synchronise
 from arat_fast.config import load_recipe
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.loaders import sources
 from arat_fast.loaders.stream import Batch
+from arat_fast.training.augmentation import augmented
 from arat_fast.training.build import use_threads
 from arat_fast.training.cost import iteration_cost
-from arat_fast.training.engine import FastEngine, augmented
+from arat_fast.training.fast_engine import FastEngine
 from arat_fast.training.precision import resolve_precision
 from arat_fast.training.trainer import Trainer
 
@@ -190,6 +191,7 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(DoctorOptions, args=list(arguments), prog="arat-fast bench doctor")
+    check_writable(options.json)
     record = examine(options)
     figures = record["figures"]
     print(

@@ -28,7 +28,7 @@ from arat_fast.benchmarks.ceilings import measure_ceilings
 from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.timing import take_turns
 from arat_fast.environment import cpu_name
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 
 from .cases import BenchmarkCase, all_cases
 from .compile_only import run_in_own_process
@@ -160,6 +160,7 @@ def run(
     1 when a variant is wrong or a kernel does not compile, spills or loads narrowly; 2 when there is no GPU
     and the CPU was not asked for.
     """
+    check_writable(json_file)
     if compile_only:
         return run_in_own_process(json_file)
     if device != "cpu" and not torch.cuda.is_available():
@@ -172,7 +173,6 @@ def run(
     where = torch.device("cpu" if device == "cpu" else "cuda")
     record, wrong, left_out = measure_all(where, budget)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, record)
     if plots is not None:
         from arat_fast.benchmarks.plots import draw

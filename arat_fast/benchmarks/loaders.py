@@ -11,7 +11,6 @@ checked to yield the right images.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 from arat_fast.commands.table import format_table
 from arat_fast.environment import environment
 from arat_fast.errors import UserError
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.loaders import sources
 from arat_fast.loaders.beton_set import load_beton
@@ -204,6 +204,7 @@ def measure(options: LoaderOptions) -> dict[str, object]:
 def main(arguments: Sequence[str]) -> int:
     """Print a table, write JSON where asked; returns the exit code."""
     options = tyro.cli(LoaderOptions, args=list(arguments), prog="arat-fast bench loaders")
+    check_writable(options.json)
     for name, value in (("images", options.images + 1), ("repeats", options.repeats)):
         if value < 1:
             raise UserError(f"--{name} is too small: give at least 1")
@@ -228,6 +229,5 @@ def main(arguments: Sequence[str]) -> int:
     for name, reason in conditions["left_out"].items():
         print(f"not measured: {name}: {reason}")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, result)
     return 0

@@ -33,7 +33,7 @@ from arat_fast.benchmarks.step_options import StepOptions
 from arat_fast.benchmarks.step_variants import BASELINES
 from arat_fast.commands.table import format_table
 from arat_fast.errors import UserError
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.training.build import pick_device
 
 
@@ -68,6 +68,7 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(StepOptions, args=list(arguments), prog="arat-fast bench step")
+    check_writable(options.json)
     device = pick_device(options.device)
     if options.prepare:
         if options.caches is None or options.json is None:

@@ -24,7 +24,7 @@ from arat_fast.commands.analysis_tables import table
 from arat_fast.config import TrainConfig
 from arat_fast.environment import environment
 from arat_fast.errors import UserError
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.training.build import pick_device, use_threads
@@ -102,6 +102,7 @@ def _for_run(names: Sequence[str], config: TrainConfig, run: Path, every: bool) 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(AnalyzeOptions, args=list(arguments), prog="arat-fast analyze")
+    check_writable(options.json)
     if not options.runs:
         raise UserError("no run is named: arat-fast analyze RUN…")
     if options.limit < 0 or options.batches < 1:

@@ -14,7 +14,7 @@ import tyro
 from arat_fast.commands.table import accuracy_table
 from arat_fast.config import Pixels
 from arat_fast.evaluation.network import load_run
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.evaluation.results import EvaluationOptions, check_attacks, evaluate_run
 from arat_fast.evaluation.sanity import sanity_checks
 from arat_fast.loaders import sources
@@ -92,6 +92,7 @@ def _sanity(options: EvaluateOptions) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(EvaluateOptions, args=list(arguments), prog="arat-fast evaluate")
+    check_writable(options.json)
     if options.sanity:
         return _sanity(options)
     attacks = [name.strip() for name in options.attacks.split(",") if name.strip()]

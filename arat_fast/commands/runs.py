@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,16 @@ class RunsOptions:
 def describe_run(directory: RunDirectory) -> dict[str, object]:
     """One run: what it trains, how far it is, its state and its last figures.
 
-    state: "running" (a process holds it), "complete", "failed" (its last good weights were kept), or
-    "stopped".
+    state: "running" (a process holds it), "damaged" (last.pt is cut short), "complete", "failed" (its last
+    good weights were kept), or "stopped".
     """
     config = directory.config()
     lines = directory.metrics()
     done = lines[-1]["epoch"] if lines else 0
     if directory.is_held():
         state = "running"
+    elif directory.last.exists() and not zipfile.is_zipfile(directory.last):
+        state = "damaged"
     elif done >= config.epochs:
         state = "complete"
     else:

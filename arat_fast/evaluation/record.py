@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-from arat_fast.errors import TrainingError
+from arat_fast.errors import TrainingError, UserError
+
+
+def check_writable(path: Path | None) -> None:
+    """Make the folder of a file that is to be written; to be asked before the work whose result goes there.
+
+    Raises UserError where nothing can be written. None is nowhere, and fine.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder of {path}: {error.strerror}; give another place") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written; give another place")
 
 
 def write_json(path: Path, value: object) -> None:

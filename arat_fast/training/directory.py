@@ -8,10 +8,23 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from arat_fast.config import TrainConfig, load_recipe, save_json
+from arat_fast.config import TrainConfig, load_recipe, save_json, to_mapping
 from arat_fast.errors import TrainingError, UserError
 
 LAST_GOOD = "last_good.pt"  # kept beside last.pt when a loss stops being finite
+# A resumed run may differ in these; anything else would make it another run.
+FREE_KEYS = (
+    "epochs",
+    "data_root",
+    "device",
+    "loader",
+    "workers",
+    "threads",
+    "compile",
+    "capture",
+    "evaluation",
+    "analysis_every",
+)
 
 
 class RunDirectory:
@@ -137,3 +150,18 @@ class RunDirectory:
         temporary = self.metrics_file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.metrics_file)
+
+
+def check_same_run(before: TrainConfig, now: TrainConfig, path: Path) -> None:
+    """Raise UserError when `now` would not go on with the run in `path`, which was begun with `before`."""
+    old, new = to_mapping(before), to_mapping(now)
+    changed = [
+        f"{key} was {old[key]!r} and is now {new[key]!r}"
+        for key in old
+        if key not in FREE_KEYS and old[key] != new[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was started with another configuration ({'; '.join(changed)}): drop those flags to "
+            "continue it, or give another --run-dir"
+        )

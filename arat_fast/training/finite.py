@@ -51,3 +51,8 @@ class FiniteGuard:
         """
         step = int(self.step)
         return None if step < 0 else (step, [*names, "weights"][int(self.term)])
+
+
+def loss_terms(metrics: dict[str, Tensor]) -> list[str]:
+    """Names of the loss's terms among an iteration's metrics."""
+    return [name for name in metrics if name != "loss" and not name.startswith("accuracy")]

@@ -1,4 +1,4 @@
-"""The learning rate of an epoch."""
+"""What changes from epoch to epoch: the learning rate, and the attack's radius while it warms up."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def warm_up_factor(config: TrainConfig, epoch: int) -> float:
+    """The share of eps and alpha in `epoch` (from 1): it grows linearly over the warm-up epochs."""
+    return min(1.0, epoch / config.attack.warmup_epochs) if config.attack.warmup_epochs else 1.0

@@ -25,7 +25,7 @@ from arat_fast.nn.branch_state import BranchState, shared_state
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import CannotCapture, CapturedIteration, CudaGraph, Graph, make_capturable
 from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
-from arat_fast.training.finite import FiniteGuard
+from arat_fast.training.finite import FiniteGuard, loss_terms
 from arat_fast.training.precision import (
     DTYPES,
     LowPrecisionTwin,
@@ -256,8 +256,7 @@ class TrainStep:
             images, x_adv = self.attack(images, labels, compiled)
         metrics = self._train(images, x_adv if self.method.attacks else None, labels, compiled)
         if self.guard is not None:
-            names = [n for n in metrics if n != "loss" and not n.startswith("accuracy")]
-            self.guard.after([metrics[n] for n in names], self.step)
+            self.guard.after([metrics[name] for name in loss_terms(metrics)], self.step)
         self.step.add_(1)
         return metrics
 

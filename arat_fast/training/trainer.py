@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,34 +24,21 @@ from arat_fast.loaders.choose import open_stream
 from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import WHOLE, Batch, Shard, Stream, counter_seed
 from arat_fast.training.adopt import Loader, LoaderStream, OwnData, look_at
+from arat_fast.training.augmentation import augmented
 from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
 from arat_fast.training.build import pick_device
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from arat_fast.training.directory import LAST_GOOD, RunDirectory
+from arat_fast.training.directory import LAST_GOOD, RunDirectory, check_same_run
 from arat_fast.training.distributed import ALONE, World
-from arat_fast.training.engine import augmented, build_engine, loss_terms
+from arat_fast.training.engine import build_engine
+from arat_fast.training.finite import loss_terms
 from arat_fast.training.interrupt import StopSignals
+from arat_fast.training.report import describe, summary_writer
 from arat_fast.training.schedule import learning_rate, rate_factor, set_learning_rate
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
 
 log = logging.getLogger(__name__)
 BALANCE_BATCHES = 8  # the paper measures `a` on 1,024 images
 STOP_EVERY = 8  # batches between the looks at other processes' signals
-# A resumed run may differ in these; anything else would make it another run.
-FREE_KEYS = (
-    "epochs",
-    "data_root",
-    "device",
-    "loader",
-    "workers",
-    "threads",
-    "compile",
-    "capture",
-    "evaluation",
-    "analysis_every",
-)
 
 
 class Trainer:
@@ -197,7 +184,7 @@ class Trainer:
             return
         if self.world.is_main:
             self.directory.lock()
-        _check_same_run(self.directory.config(), self.config, self.directory.path)
+        check_same_run(self.directory.config(), self.config, self.directory.path)
         if self.directory.last.exists():
             self.load_state_dict(load_checkpoint(self.directory.last, self.device))
             log.info("resuming %s at epoch %d, batch %d", self.directory.path, self.epoch, self.batch)
@@ -453,40 +440,3 @@ class Trainer:
                 start=reference.random_start(images, attack.eps, attack.norm, generator),
                 update_statistics=False,
             )
-
-
-def summary_writer(folder: Path, first_epoch: int) -> SummaryWriter:
-    """TensorBoard's writer; events of epochs that are trained again are purged. UserError where it is
-    missing.
-    """
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboard: pip install 'arat-fast[tensorboard]'") from None
-    return SummaryWriter(str(folder), purge_step=first_epoch)
-
-
-def describe(line: dict[str, Any], epochs: int) -> str:
-    """One line for people of an epoch's metrics."""
-    parts = [f"epoch {line['epoch']}/{epochs}", f"loss {line['loss']:.3f}"]
-    parts += [
-        f"{name.removeprefix('accuracy_')} {100 * value:.1f} %"
-        for name, value in line.items()
-        if name.startswith(("accuracy_", "validation_"))
-    ]
-    parts += [f"lr {line['learning_rate']:g}", f"{line['images_per_second']:.0f} images/s"]
-    return "  ".join(parts)
-
-
-def _check_same_run(before: TrainConfig, now: TrainConfig, path: Path) -> None:
-    old, new = to_mapping(before), to_mapping(now)
-    changed = [
-        f"{key} was {old[key]!r} and is now {new[key]!r}"
-        for key in old
-        if key not in FREE_KEYS and old[key] != new[key]
-    ]
-    if changed:
-        raise UserError(
-            f"{path} was started with another configuration ({'; '.join(changed)}): drop those flags to "
-            "continue it, or give another --run-dir"
-        )

@@ -19,7 +19,7 @@ from arat_fast.evaluation import autoattack as autoattack_module
 from arat_fast.evaluation.accuracy import binomial_error, clean_correct, pgd_correct
 from arat_fast.evaluation.autoattack import autoattack_correct
 from arat_fast.evaluation.network import load_run
-from arat_fast.evaluation.record import write_json
+from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.evaluation.results import EvaluationOptions, check_attacks, evaluate_run, summary
 from arat_fast.evaluation.sanity import sanity_checks
 from arat_fast.loaders.images import ImageSet
@@ -201,6 +201,17 @@ def test_a_record_holds_what_is_needed_to_quote_it(
     assert json.loads((tmp_path / "record.json").read_text()) == record
     with pytest.raises(TrainingError, match="cannot write"):
         write_json(tmp_path / "absent" / "record.json", record)
+
+
+def test_where_a_record_goes_is_looked_at_first(tmp_path: Path) -> None:
+    check_writable(None)
+    check_writable(tmp_path / "made" / "record.json")
+    assert list(tmp_path.iterdir()) == [tmp_path / "made"]
+    with pytest.raises(UserError, match="is a folder"):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make the folder"):
+        check_writable(tmp_path / "file" / "record.json")
 
 
 def test_wrong_requests_are_named(trained: Path, digits: tuple[ImageSet, ImageSet], tmp_path: Path) -> None:

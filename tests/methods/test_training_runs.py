@@ -19,7 +19,8 @@ from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.sources import load
 from arat_fast.methods import ARREST, METHODS
 from arat_fast.training.checkpoint import load_checkpoint
-from arat_fast.training.engine import FastEngine, build_engine
+from arat_fast.training.engine import build_engine
+from arat_fast.training.fast_engine import FastEngine
 from arat_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from arat_fast.config import ARATConfig, AttackConfig, TrainConfig, resolved
 from arat_fast.methods.base import Method, Outputs
 from arat_fast.models.cifar import ResNet
 from arat_fast.nn import bind_branches, from_authors
-from arat_fast.training.engine import warm_up_factor
+from arat_fast.training.schedule import warm_up_factor
 from arat_fast.training.step import TrainStep
 
 BOTH = ("clean", "adv")
