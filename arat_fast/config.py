@@ -275,8 +275,8 @@ class TrainConfig:
     engine: Literal["fast", "reference"] = "fast"
     """What runs an iteration: the fused, compiled fast path, or the plain reference (arat, standard)."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Of the fast engine's convolutions; auto: bf16 where there are matrix units for it, fp16 with a loss
-    scaler on older GPUs, else fp32.
+    """Of the fast engine's convolutions; auto: bf16 where it is fast (GPUs from Ampere on, CPUs with AMX or
+    AVX512-BF16), fp16 with a loss scaler on older GPUs, else fp32.
     """
     compile: bool = True
     """Compile the fast engine's passes where that pays: on a GPU, or a CPU with bf16 matrix units."""

@@ -25,7 +25,7 @@ from arat_fast.benchmarks.timing import ratio, take_turns
 from arat_fast.commands.table import format_table
 from arat_fast.config import EMRConfig, LBGATConfig, TRADESConfig, TrainConfig, resolved
 from arat_fast.evaluation.record import write_json
-from arat_fast.nn.matrix_units import has_bf16_matrix_units
+from arat_fast.nn.bf16 import has_bf16_matrix_units
 from arat_fast.training.build import build_fast, pick_device
 from arat_fast.training.cost import iteration_cost
 from arat_fast.training.precision import resolve_precision

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arat_fast.errors import unknown_name
 from arat_fast.nn import SplitBatchNorm2d, bind_branches
+from arat_fast.nn.bf16 import bf16_pays
 from arat_fast.nn.branch_state import BranchState
 from arat_fast.nn.branches import replace_modules
-from arat_fast.nn.matrix_units import has_bf16_matrix_units
 
 from .batch_norm import DropInBatchNorm2d, DropInBatchNormAct2d, drop_in, original_of, why_not
 from .forwards import fuse_forwards, restore, run_in_half
@@ -54,8 +54,8 @@ def accelerate(
         split_bn: a BatchNorm branch for clean and one for adversarial images, or for each of the given names;
             False: one branch.
         fused_bn: replace BatchNorm by the fused kernel, with ReLU and addition where they follow.
-        precision: "bf16" runs the forward under autocast and returns float32; "auto" does so where there are
-            matrix units for bf16; "fp32" leaves it to the caller.
+        precision: "bf16" runs the forward under autocast and returns float32; "auto" does so where bf16
+            is fast; "fp32" leaves it to the caller.
         compile: compile the forward (`nn.Module.compile`).
 
     Returns:
@@ -168,7 +168,7 @@ def _half(model: nn.Module, precision: str) -> torch.dtype | None:
     if precision == "bf16" and wide:
         raise ValueError("precision is 'bf16'; the model's parameters are float64: expected float32")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    automatic = precision == "auto" and not wide and has_bf16_matrix_units(device)
+    automatic = precision == "auto" and not wide and bf16_pays(device)
     return torch.bfloat16 if precision == "bf16" or automatic else None
 
 

@@ -19,7 +19,7 @@ from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.timing import seconds_of
 from arat_fast.errors import UserError
 from arat_fast.evaluation.record import check_writable, write_json
-from arat_fast.nn.matrix_units import has_bf16_matrix_units
+from arat_fast.nn.bf16 import bf16_pays
 from arat_fast.training.precision import Precision
 
 REPEATS = 7
@@ -30,7 +30,7 @@ class Ceilings:
     """Rates of large operations on random data, the fastest of several: what the device can do at most.
 
     fp32_flop_per_second: as torch is set, so TF32 where its products are allowed to be. bf16 is None where
-    the device has no matrix units for it. copy_bytes_per_second counts bytes read and bytes written.
+    the device is no faster in it. copy_bytes_per_second counts bytes read and bytes written.
     """
 
     fp32_flop_per_second: float
@@ -79,7 +79,7 @@ def copy_bytes_per_second(device: torch.device, size: int = 0) -> float:
 def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
     """The device's ceilings; `small` for a trial whose figures mean nothing."""
     side, size = (256, 1 << 22) if small else (0, 0)
-    half = has_bf16_matrix_units(device)
+    half = bf16_pays(device)
     return Ceilings(
         matmul_flop_per_second(device, torch.float32, side),
         matmul_flop_per_second(device, torch.bfloat16, side) if half else None,
@@ -92,7 +92,7 @@ def describe(ceilings: Ceilings) -> str:
     half = ceilings.bf16_flop_per_second
     return (
         f"ceilings: fp32 {ceilings.fp32_flop_per_second / 1e12:.3g} TFLOP/s, "
-        + (f"bf16 {half / 1e12:.3g} TFLOP/s, " if half is not None else "no bf16 matrix units, ")
+        + (f"bf16 {half / 1e12:.3g} TFLOP/s, " if half is not None else "no fast bf16, ")
         + f"copy {ceilings.copy_bytes_per_second / 1e9:.3g} GB/s"
     )
 

@@ -72,7 +72,7 @@ class Finding:
 
 
 REMEDIES = {
-    "convolution": "this is the work itself: --precision bf16 where there are matrix units, larger batches",
+    "convolution": "this is the work itself: --precision bf16 where that is fast, larger batches",
     "BatchNorm": "--engine fast fuses it; --attack.bn running folds it away, which is another attack",
     "PGD": "on a GPU the Triton step is one launch; fewer --attack.steps is another attack",
     "optimizer": "--engine fast has a fused SGD; a larger --batch-size spreads it over more images",

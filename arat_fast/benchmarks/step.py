@@ -8,7 +8,7 @@ images, and the loss that each one's attack reaches. Then they take turns. Image
 already. A ratio is the median over the turns of the baseline's time by the variant's.
 
     eager            arat_fast.reference: fp32, NCHW, two forwards, TF32 convolutions where the GPU has them
-    strong           the same under bf16 autocast (where there are matrix units for it), channels-last
+    strong           the same under bf16 autocast (where bf16 is fast), channels-last
     strong-compiled  and its network compiled, parameters frozen during the attack
     fast             TrainStep, as the trainer builds it for this device
     fast-no-X        fast without one ingredient: capture (as a CUDA graph), compile, bf16

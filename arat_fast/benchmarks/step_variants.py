@@ -16,7 +16,7 @@ from arat_fast.config import ARATConfig, AttackConfig, resolved_attack
 from arat_fast.errors import TrainingError, unknown_name
 from arat_fast.models import create_model
 from arat_fast.nn import from_authors
-from arat_fast.nn.matrix_units import has_bf16_matrix_units
+from arat_fast.nn.bf16 import has_bf16_matrix_units
 from arat_fast.training.precision import Precision, resolve_precision
 from arat_fast.training.step import TrainStep
 

@@ -1,6 +1,6 @@
 """The strong baseline: the reference's iteration as a skilled user speeds it up in an afternoon.
 
-Half precision by autocast where there are matrix units for it, channels-last, fused SGD, an attack of input
+Half precision by autocast where bf16 is fast, channels-last, fused SGD, an attack of input
 gradients only. Compiled: torch.compile on the network, and the parameters frozen during the attack, since a
 compiled graph would otherwise compute their gradients there and throw them away.
 """

@@ -133,7 +133,7 @@ class SplitBatchNorm2d(nn.Module):
             and self.state.group is None
             and self.momentum is not None
             and not torch.compiler.is_compiling()
-            and x.dtype in (torch.float32, torch.float64)
+            and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
             and x.is_contiguous(memory_format=torch.channels_last)
             and x.shape[1] == self.num_features < x.numel()
             and (residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype))

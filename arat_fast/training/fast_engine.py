@@ -20,7 +20,7 @@ from arat_fast.nn import (
     to_authors,
     use_branch,
 )
-from arat_fast.nn.matrix_units import has_bf16_matrix_units
+from arat_fast.nn.bf16 import has_bf16_matrix_units
 from arat_fast.training.adopt import adopt
 from arat_fast.training.augmentation import augmented, padding_of
 from arat_fast.training.build import build_fast, build_optimizer

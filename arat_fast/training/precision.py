@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast.nn import SplitBatchNorm2d
-from arat_fast.nn.matrix_units import has_bf16_matrix_units
+from arat_fast.nn.bf16 import bf16_pays
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 DTYPES = {
@@ -21,12 +21,10 @@ DTYPES = {
 
 
 def resolve_precision(name: Precision, device: torch.device) -> Precision:
-    """What "auto" stands for on the device: bf16 where there are matrix units for it, fp16 on older GPUs,
-    else fp32.
-    """
+    """What "auto" stands for on the device: bf16 where it pays (`bf16_pays`), fp16 on older GPUs, else fp32."""
     if name != "auto":
         return name
-    if has_bf16_matrix_units(device):
+    if bf16_pays(device):
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
 

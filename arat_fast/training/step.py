@@ -47,8 +47,8 @@ class TrainStep:
         method: the objective. Its branches must be the model's.
         optimizer: over the parameters of model and method; its state may be restored before the first call.
         attack: radius, steps, loss, start and BatchNorm mode of the attack.
-        precision: of convolutions and classifier; "auto" picks bf16 where there are matrix units for it. fp32
-            and tf32 compute in float32; which of the two is torch's own setting.
+        precision: of convolutions and classifier; "auto" picks bf16 where it is fast. fp32 and tf32 compute
+            in float32; which of the two is torch's own setting.
         compiled: use torch.compile on batches of the first batch's size; other sizes run eagerly.
         capture: on a GPU, replay batches of the first batch's size as one CUDA graph; where that cannot be, a
             warning says why. Learning rates then become device tensors: change them by `fill_`.
