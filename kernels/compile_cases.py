@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KERNEL_MODULES = ("pgd", "pgd_l2", "random_start", "augment", "split_batch_norm")
+KERNEL_MODULES = ("pgd", "pgd_l2", "random_start", "augment", "split_batch_norm", "multi_copy")
 
 NVIDIA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD_TARGETS = ("gfx942",)

@@ -21,7 +21,7 @@ DTYPES = {
 
 
 def resolve_precision(name: Precision, device: torch.device) -> Precision:
-    """What "auto" stands for on the device: bf16 where it pays (`bf16_pays`), fp16 on older GPUs, else fp32."""
+    """What "auto" stands for on the device: bf16 where it pays, fp16 on older GPUs, else fp32."""
     if name != "auto":
         return name
     if bf16_pays(device):
