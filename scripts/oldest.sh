@@ -49,3 +49,8 @@ TRITON_INTERPRET=1 "$venv/bin/python" -m pytest -q -m "not gpu" tests/kernels "$
 echo "oldest stack, compiled for GPUs that are not here"
 env -u TRITON_INTERPRET "$venv/bin/python" -m arat_fast.benchmarks.compile_only --target sm_80 --target sm_90 \
     --target gfx942 | tail -n 1
+if command -v c++ >/dev/null; then
+    echo "oldest stack, whole iterations compiled for a GPU that is not here"
+    env -u TRITON_INTERPRET "$venv/bin/python" scripts/gpuless_iteration.py arat-cifar10-resnet18 trades-cifar10-resnet18 \
+        lbgat-cifar10-resnet18 emr-mart-cifar10-resnet18
+fi
