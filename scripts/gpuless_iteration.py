@@ -10,8 +10,8 @@
 Needs a torch built with CUDA and a C++ compiler, no GPU and no driver. Tensors have shapes, strides and a
 device, but no memory (FakeTensor); torch.compile traces and lowers the iteration as on an H100, Triton
 compiles every kernel for sm_90, and the second iteration runs the compiled code with launches left out. So it
-shows what traces, lowers and compiles there, in which layouts, and how many launches an iteration has; not
-that it is right, nor how fast.
+shows what traces, lowers and compiles there, in which layouts, that nothing waits for a value or touches the
+host's memory, and how many launches an iteration has; not that it is right, nor how fast.
 
 Two small libraries stand in for what torch asks of CUDA while it traces backwards: which device is current,
 and on which stream. They are built in a temporary folder and preloaded.
@@ -186,6 +186,7 @@ def iterate(recipe: str, options: argparse.Namespace) -> dict[str, int]:
     """Compile and run two iterations; what the second launches, by name."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_leaves
 
     from arat_fast.config import load_recipe, resolved
     from arat_fast.training.build import build_fast, build_optimizer
@@ -224,9 +225,14 @@ def iterate(recipe: str, options: argparse.Namespace) -> dict[str, int]:
         LAUNCHES.clear()
         dispatch = FakeTensorMode.dispatch
 
-        def noted(mode: Any, func: Any, *rest: Any) -> Any:
+        def noted(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             LAUNCHES.append(str(func))
-            return dispatch(mode, func, *rest)
+            made = dispatch(mode, func, types, args, kwargs or {})
+            if str(func) != "prim.device.default":
+                for tensor in tree_leaves((args, kwargs, made)):
+                    if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
+                        raise AssertionError(f"{func} touches a tensor on the host: no graph can capture it")
+            return made
 
         FakeTensorMode.dispatch = noted  # type: ignore[method-assign]
         metrics = step(images, labels, indices)
