@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def evaluate_run(
             iterations = PAPER_ITERATIONS if name == "autoattack10" else OFFICIAL_ITERATIONS
             figures[name] = _autoattack_figure(trained, data, iterations, options, digest, device)
     metrics = RunDirectory(run).metrics()
-    speeds = sorted(line["images_per_second"] for line in metrics)
+    speeds = [line["images_per_second"] for line in metrics]
     return {
         "run": str(run),
         "method": trained.config.method,
@@ -115,7 +116,7 @@ def evaluate_run(
         "branch": "adv",
         "bn": "running statistics",
         "figures": figures,
-        "images_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "images_per_second": statistics.median(speeds) if speeds else None,
         "config": to_mapping(trained.config),
         "environment": environment(device),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
