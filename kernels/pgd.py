@@ -44,11 +44,21 @@ _BLOCK = 2048
 
 
 def linf_step_reference(
-    x_adv: Tensor, x: Tensor, grad: Tensor, eps: float | Tensor, alpha: float | Tensor
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    eps: float | Tensor,
+    alpha: float | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The Linf step in plain PyTorch, in the dtype of x (fp32 or float64); equals the kernel bit for bit."""
-    moved = x_adv + alpha * grad.to(x.dtype).sign()
-    return torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
+    """The Linf step in plain PyTorch, in the dtype of x (fp32 or float64); equals the kernel bit for bit.
+
+    In place where it can be: on a CPU fresh memory costs more than the arithmetic.
+    """
+    moved = grad.to(x.dtype).sign().mul_(alpha).add_(x_adv)
+    torch.maximum(moved, x - eps, out=moved)
+    torch.minimum(moved, x + eps, out=moved)
+    return torch.clamp(moved, 0, 1, out=moved if out is None else out)
 
 
 @triton.jit
@@ -144,8 +154,10 @@ def _pgd_step_in_place(
         launch = _launch_linf if norm == "Linf" else launch_l2
         launch(x_adv, x, grad, x_adv, low_precision, eps, alpha)
         return
-    reference = linf_step_reference if norm == "Linf" else l2_step_reference
-    x_adv.copy_(reference(x_adv, x, grad, eps, alpha))
+    if norm == "Linf":
+        linf_step_reference(x_adv, x, grad, eps, alpha, out=x_adv)
+    else:
+        x_adv.copy_(l2_step_reference(x_adv, x, grad, eps, alpha))
     if low_precision is not None:
         low_precision.copy_(x_adv)
 
