@@ -24,6 +24,7 @@ from arat_fast.config import load_recipe
 from arat_fast.environment import environment
 from arat_fast.loaders import sources
 from arat_fast.loaders.stream import Batch
+from arat_fast.training.precision import resolve_precision
 from arat_fast.training.trainer import Trainer
 
 ENGINES = ("reference", "fast")
@@ -106,6 +107,7 @@ def main() -> None:
             "what": "loss curves of the two engines: distance of the means over the seeds' spread",
             "date": datetime.date.today().isoformat(),
             "conditions": {k: str(v) for k, v in vars(options).items() if k not in ("json", "data_root")},
+            "precision": resolve_precision("auto", torch.device("cpu")),  # of the fast engine
             "environment": environment(),
             "summary": summary,
             "curves": {
