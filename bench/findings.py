@@ -8,9 +8,9 @@ Trains every variant from the same seeds, and asks
 (b) does split BatchNorm separate the statistics of clean and adversarial images?
 (c) is ARAT's sum of clean and robust accuracy at least that of adversarial training (AT)?
 
-A finding counts as reproduced where every seed shows it. Runs in DIR that are complete are not trained
-again, so seeds may be trained by several processes at a time (`--from-seed`). The committed results are
-bench/results/findings_*.json.
+A finding counts as reproduced where every seed shows it. Runs in DIR that are complete are not trained or
+measured again, so variants and seeds may be shared by several processes (`--variants`, `--from-seed`). The
+committed results are bench/results/findings_*.json.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from arat_fast.analysis.collect import Collector, collected
 from arat_fast.analysis.run import AnalysisOptions, analyse_run
 from arat_fast.config import TrainConfig, load_recipe
 from arat_fast.environment import environment
+from arat_fast.evaluation.record import write_json
 from arat_fast.evaluation.results import EvaluationOptions, evaluate_run
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSet, ImageSource
@@ -277,7 +278,10 @@ def main() -> None:
     for seed in range(options.from_seed, options.seeds):
         for variant in options.variants:
             name = f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}".lower()
-            rows.append(measure(of, variant, seed, runs / name, data))
+            row = runs / f"{name}-row.json"
+            if not row.exists():
+                write_json(row, measure(of, variant, seed, runs / name, data))
+            rows.append(json.loads(row.read_text()))
             print(json.dumps(rows[-1]), flush=True)
     record = {
         "what": f"the ARAT paper's findings on {of.what}",
