@@ -51,8 +51,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "naive": {"arat": {"invariance": "symmetric", "predictor": False}},
     "stop-gradient, no predictor": {"arat": {"predictor": False}},
     "arat, no split BN": {"arat": {"split_bn": False}},
+    "arat, no auto-balance": {"arat": {"auto_balance": False}},
     "at": {"method": "at"},
 }
+RANKED = ("arat", "arat, no auto-balance", "at")  # those that AutoAttack is run on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ def measure(
     what = ["mixture", "tradeoff"] + (["conflict"] if config.method == "arat" else [])
     result = analyse_run(folder, *data, what, device=CPU, options=AnalysisOptions())
     figures = evaluate_run(folder, data[1], ["clean", "pgd20"], device=CPU)["figures"]
-    if variant in ("arat", "at"):
+    if variant in RANKED:
         options = EvaluationOptions(limit=of.attacked)
         figures |= evaluate_run(folder, data[1], ["autoattack"], device=CPU, options=options)["figures"]
     layers = result["mixture"]["layers"].values()
@@ -253,6 +255,13 @@ def findings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         finding(rows, f"{kl}: with split BN above without", "arat", "arat, no split BN", divergence),
         finding(rows, "(c) clean + PGD-20 in %: ARAT at least AT", "arat", "at", total("pgd20")),
         finding(rows, "(c) clean + AutoAttack in %: ARAT at least AT", "arat", "at", total("autoattack")),
+        finding(
+            rows,
+            "(c) clean + AutoAttack in %: ARAT without auto-balance at least AT",
+            "arat, no auto-balance",
+            "at",
+            total("autoattack"),
+        ),
     ]
     return [answer for answer in asked if answer is not None]
 
