@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def block_size(on_gpu: int, numel: int) -> int:
     if not INTERPRETING:
         return on_gpu
     return int(max(on_gpu, min(1 << 16, triton.next_power_of_2(max(numel, 1)))))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU the current one: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_cases import CompileCase
-from .dispatch import check_device, check_same, check_tensor, use_triton
+from .dispatch import check_device, check_same, check_tensor, on_device, use_triton
 
 _BLOCK = 1024
 _PROGRAMS = 16  # a tensor
@@ -52,7 +52,8 @@ def _copy_where(
 ) -> None:
     if table is not None:
         grid = (table.shape[1], _PROGRAMS)
-        _copy_where_kernel[grid](flag.view(torch.uint8), table, table.shape[1], BLOCK=_BLOCK, num_warps=4)
+        with on_device(flag):
+            _copy_where_kernel[grid](flag.view(torch.uint8), table, table.shape[1], BLOCK=_BLOCK, num_warps=4)
     elif flag.device.type == "cpu":
         if flag:
             torch._foreach_copy_(list(targets), list(sources))

@@ -6,7 +6,6 @@ multiprocessors full and leaves at most 1,024 partial results a channel.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import split_batch_norm_triton as forward
 from . import split_batch_norm_triton_backward as backward
-from .dispatch import INTERPRETING
+from .dispatch import INTERPRETING, on_device
 
 __all__ = [
     "Launch",
@@ -134,10 +133,6 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: object, **meta: object) -
         recorded.append(Launch(kernel, args, meta))
 
 
-def _on_device(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _shape(x: Tensor, branches: int) -> tuple[int, int]:
     """(rows a branch, channels)."""
     return x.numel() // (branches * x.shape[1]), x.shape[1]
@@ -162,7 +157,7 @@ def statistics_triton(x: Tensor, branches: int) -> tuple[Tensor, Tensor]:
     mean = torch.empty(branches, c, dtype=torch.float32, device=x.device)
     var = torch.empty_like(mean)
     block_s, block_c = combination(plan.splits)
-    with _on_device(x):
+    with on_device(x):
         _launch(
             forward.statistics_partial_kernel,
             (plan.splits, _cdiv(c, plan.block_c), branches),
@@ -210,7 +205,7 @@ def apply_triton(
     y = torch.empty_like(x)
     bits = _new_bits(x) if save_bits else None
     block_r, block_c = elementwise(c, x.element_size())
-    with _on_device(x):
+    with on_device(x):
         _launch(
             forward.apply_kernel,
             (_cdiv(rows, block_r), _cdiv(c, block_c), branches),
@@ -253,7 +248,7 @@ def reduce_triton(
     partial = torch.empty(branches, plan.splits, 2, c, dtype=torch.float32, device=x.device)
     sum_g, sum_gxhat = torch.empty_like(weight), torch.empty_like(weight)
     block_s, block_c = combination(plan.splits)
-    with _on_device(x):
+    with on_device(x):
         _launch(
             backward.reduce_partial_kernel,
             (plan.splits, _cdiv(c, plan.block_c), branches),
@@ -313,7 +308,7 @@ def input_gradient_triton(
     dx = torch.empty_like(dy)
     dresidual = torch.empty_like(dy) if residual_gradient else None
     block_r, block_c = elementwise(c, dy.element_size())
-    with _on_device(dy):
+    with on_device(dy):
         _launch(
             backward.input_gradient_kernel,
             (_cdiv(rows, block_r), _cdiv(c, block_c), branches),
@@ -362,7 +357,7 @@ def batch_forward_triton(
     y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     bits = _new_bits(x) if save_bits else None
     steps, block_r, block_c, num_warps = small(rows, c, x.element_size())
-    with _on_device(x):
+    with on_device(x):
         _launch(
             forward.small_forward_kernel,
             (_cdiv(c, block_c), branches),
@@ -413,7 +408,7 @@ def batch_backward_triton(
     dx, dweight, dbias = torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)
     dresidual = torch.empty_like(dy) if residual_gradient else None
     steps, block_r, block_c, num_warps = small(rows, c, x.element_size())
-    with _on_device(x):
+    with on_device(x):
         _launch(
             backward.small_backward_kernel,
             (_cdiv(c, block_c), branches),
