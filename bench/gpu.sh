@@ -4,7 +4,8 @@
 # the output holds it all.
 #
 #   bench/gpu.sh                        all parts
-#   PARTS="tests kernels" bench/gpu.sh  some of: tests ceilings kernels attack step128 step512 step1024 wide
+#   PARTS="tests kernels" bench/gpu.sh  some of: tests ceilings convolutions kernels attack step128 step512
+#                                      step1024 wide
 #   TOTAL=560 bench/gpu.sh              seconds in all (470); what does not fit is cut short, and said
 #   WHEELS=folder bench/gpu.sh          unpacks the wheels of a folder first: pydantic, tyro and what else is missing
 #   DEVICE=cpu bench/gpu.sh             a rehearsal of every part on a CPU, with tiny networks
@@ -15,7 +16,7 @@ begun=$SECONDS
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 total=${TOTAL:-470}
-parts=" ${PARTS:-tests ceilings kernels attack step128 step512 step1024 wide} "
+parts=" ${PARTS:-tests ceilings convolutions kernels attack step128 step512 step1024 wide} "
 out=$PWD/bench/out/gpu
 mkdir -p "$out"
 unset TRITON_INTERPRET
@@ -46,10 +47,11 @@ whole=1 # every dependency of training is here
 
 if [ "$device" = cuda ]; then
     model=resnet18 wide=wrn-34-10 sizes=(128 512 1024) few=(--repeats 7)
-    step=(--device cuda) jobs=10
+    step=(--device cuda) jobs=10 narrow=()
 else
     model=resnet8 wide=resnet8 sizes=(4 8 16)
     step=(--device cpu --side 8 --steps 1 --repeats 2 --threads 1) jobs=1 few=()
+    narrow=(--side 8 --steps 1 --repeats 1 --threads 1)
 fi
 
 left() { echo $((total - (SECONDS - begun))); }
@@ -122,6 +124,8 @@ if [ -n "$background" ]; then
 fi
 
 part ceilings 30 "$python" -m arat_fast.benchmarks.ceilings --device "$device" --json "$out/ceilings.json"
+[ $whole = 1 ] && part convolutions 20 "$python" -m arat_fast.cli bench convolutions --model $model \
+    --batch "${sizes[0]}" --device "$device" --json "$out/convolutions.json" "${narrow[@]}"
 part kernels 65 "$python" -m arat_fast.benchmarks.kernels --device "$device" --budget 50 --json "$out/kernels.json"
 
 # iterate NAME SECONDS MODEL BATCH ARGUMENTS...
@@ -164,7 +168,7 @@ if [ -s "$out/step128.txt" ]; then
     awk '/^[a-z-]+: where the time goes/ {skip = !($1 == "fast:" || $1 == "fast-folded:")} !skip' "$out/step128.txt"
 fi
 echo "== ceilings"
-cat "$out/ceilings.txt" 2>/dev/null
+cat "$out/ceilings.txt" "$out/convolutions.txt" 2>/dev/null
 echo "== tests"
 grep -E '^(FAILED|ERROR)' "$out/tests.txt" 2>/dev/null | cut -c1-200 | head -n 20
 tail -n 1 "$out/tests.txt" 2>/dev/null

@@ -10,7 +10,7 @@ import pytest
 
 from arat_fast.cli import main
 from arat_fast.commands.runs import describe_run
-from arat_fast.config import TrainConfig
+from arat_fast.config import EMRConfig, TrainConfig
 from arat_fast.loaders.images import ImageSet
 from arat_fast.training.directory import LAST_GOOD, RunDirectory
 from arat_fast.training.trainer import Trainer
@@ -47,6 +47,15 @@ def test_states_and_figures(
     assert main(["runs", str(folder)]) == 0
     table = capsys.readouterr().out
     assert "clean 50.0 %, PGD-2 25.0 %" in table
+
+
+def test_emr_is_told_from_its_base(
+    tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, method="trades", emr=EMRConfig(coefficient=0.01))
+    Trainer(config, digits[0], tmp_path / "run").directory.release()
+    described = describe_run(RunDirectory(tmp_path / "run"))
+    assert (described["method"], described["label"]) == ("trades", "trades + EMR")
 
 
 def test_no_folder_and_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

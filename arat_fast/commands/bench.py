@@ -14,6 +14,7 @@ BENCHMARKS = {
     "step": ("arat_fast.benchmarks.step", "a whole ARAT iteration against the eager reference"),
     "loaders": ("arat_fast.benchmarks.loaders", "images/s of each loader alone"),
     "ceilings": ("arat_fast.benchmarks.ceilings", "what the device can do at most: products and copies"),
+    "convolutions": ("arat_fast.benchmarks.convolutions", "a network's convolutions alone: what they allow"),
     "all": ("arat_fast.benchmarks.everything", "all of them, small: a summary, one JSON, pictures"),
     "doctor": ("arat_fast.benchmarks.doctor", "what bounds a training run here, and what to do about it"),
     "plots": ("arat_fast.benchmarks.plots", "pictures of the JSON that the others wrote"),
@@ -23,7 +24,7 @@ BENCHMARKS = {
 def main(arguments: Sequence[str]) -> int:
     """Run the named benchmark with the remaining arguments; returns its exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:10}{what}" for name, (_, what) in BENCHMARKS.items())
+        lines = "\n".join(f"  {name:13}{what}" for name, (_, what) in BENCHMARKS.items())
         print(f"usage: arat-fast bench NAME [OPTIONS]\n\nbenchmarks:\n{lines}")
         return 0 if arguments else 2
     name, *rest = arguments

@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from arat_fast.analysis.run import description
 from arat_fast.commands.table import accuracy_table
 from arat_fast.config import Pixels
 from arat_fast.evaluation.network import load_run
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         device=pick_device(options.device),
         options=EvaluationOptions(**{name: getattr(options, name) for name in shared}),
     )
-    print(accuracy_table({record["method"]: record}))
+    print(accuracy_table({description(config): record}))
     if options.json is not None:
         write_json(options.json, record)
         print(f"record: {options.json}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from arat_fast.analysis.run import description
 from arat_fast.commands.table import format_table, title
 from arat_fast.errors import UserError
 from arat_fast.training.directory import LAST_GOOD, RunDirectory
@@ -54,6 +55,7 @@ def describe_run(directory: RunDirectory) -> dict[str, object]:
     return {
         "run": str(directory.path),
         "method": config.method,
+        "label": description(config),
         "model": config.model,
         "dataset": config.dataset,
         "state": state,
@@ -70,7 +72,7 @@ def _described_or_unreadable(path: Path) -> dict[str, object]:
         return describe_run(RunDirectory(path))
     except (UserError, ValueError, KeyError) as error:
         log.warning("%s: %s", path, " ".join(str(error).split())[:200])
-        unknown = dict.fromkeys(("method", "model", "dataset", "epoch", "epochs"), "?")
+        unknown = dict.fromkeys(("method", "label", "model", "dataset", "epoch", "epochs"), "?")
         return {"run": str(path), **unknown, "state": "unreadable", "loss": None, "results": {}}
 
 
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         assert isinstance(results, dict)
         figures = ", ".join(f"{title(name)} {100 * value:.1f} %" for name, value in results.items())
         loss = "-" if run["loss"] is None else f"{run['loss']:.3f}"
-        what = f"{run['method']} {run['model']} {run['dataset']}"
+        what = f"{run['label']}; {run['model']}, {run['dataset']}"
         rows.append(
             [str(run["run"]), what, str(run["state"]), f"{run['epoch']}/{run['epochs']}", loss, figures]
         )
