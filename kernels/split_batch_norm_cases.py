@@ -41,6 +41,9 @@ def _recorded(
             yield from launch.record(
                 launch.batch_backward_triton, x, x, gate, relu, p, p, p, p, relu and has, eps
             )
+            yield from launch.record(
+                launch.batch_backward_triton, x, x, gate, relu, p, p, p, p, relu and has, eps, second=x
+            )
             gate = bits if relu else None
             yield from launch.record(
                 launch.input_gradient_triton,

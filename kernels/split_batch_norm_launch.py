@@ -240,8 +240,12 @@ def reduce_triton(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    second: Tensor | None = None,
+    joined: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ g and Σ g·x̂, each (branches, C) fp32, in two launches."""
+    """Σ g and Σ g·x̂, each (branches, C) fp32, in two launches; with `second` and `joined`, both like dy, g
+    is of dy + second and written to `joined`.
+    """
     branches = weight.shape[0]
     rows, c = _shape(x, branches)
     plan = reduction(rows, c, branches, x.element_size(), streams=2)
@@ -253,6 +257,8 @@ def reduce_triton(
             backward.reduce_partial_kernel,
             (plan.splits, _cdiv(c, plan.block_c), branches),
             dy,
+            dy if second is None else second,
+            dy if joined is None else joined,
             x,
             dy if gate is None else gate,
             mean,
@@ -266,6 +272,7 @@ def reduce_triton(
             STEPS=plan.steps,
             UNROLL=plan.unroll,
             GATE=gate_kind(gate, relu),
+            JOIN=second is not None,
             BLOCK_R=plan.block_r,
             BLOCK_C=plan.block_c,
             num_warps=4,
@@ -395,11 +402,23 @@ def batch_backward_triton(
     residual_gradient: bool,
     eps: float,
     one_launch: bool | None = None,
+    second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(dx, dresidual or None, dweight, dbias): one launch for few rows or by `one_launch`, else three."""
+    """(dx, dresidual or None, dweight, dbias): one launch for few rows or by `one_launch`, else three.
+
+    With `second` the gradient is dy + second, added up on the way.
+    """
     branches = weight.shape[0]
     rows, c = _shape(x, branches)
     if not (rows <= SMALL_ROWS if one_launch is None else one_launch):
+        if second is not None:
+            # Read once, gated and written as the sum; the next launch reads that and needs no gate.
+            g = torch.empty_like(dy)
+            dbias, dweight = reduce_triton(dy, x, gate, relu, mean, var, weight, bias, eps, second, g)
+            dx, _ = input_gradient_triton(
+                g, x, None, False, mean, var, weight, bias, dbias, dweight, 1 / rows, False, eps
+            )
+            return dx, g if residual_gradient else None, dweight, dbias
         dbias, dweight = reduce_triton(dy, x, gate, relu, mean, var, weight, bias, eps)
         dx, dresidual = input_gradient_triton(
             dy, x, gate, relu, mean, var, weight, bias, dbias, dweight, 1 / rows, residual_gradient, eps
@@ -413,6 +432,7 @@ def batch_backward_triton(
             backward.small_backward_kernel,
             (_cdiv(c, block_c), branches),
             dy,
+            dy if second is None else second,
             x,
             dy if gate is None else gate,
             mean,
@@ -428,6 +448,7 @@ def batch_backward_triton(
             eps,
             STEPS=steps,
             GATE=gate_kind(gate, relu),
+            JOIN=second is not None,
             RESIDUAL=residual_gradient,
             BLOCK_R=block_r,
             BLOCK_C=block_c,

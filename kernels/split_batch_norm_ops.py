@@ -44,11 +44,13 @@ from .split_batch_norm_reference import (
 )
 
 
-def _on_triton(x: Tensor) -> bool:
+def on_triton(x: Tensor) -> bool:
+    """Whether the kernels run on this tensor."""
     return use_triton(x) and x.dtype != torch.float64
 
 
-def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def no_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What an op returns in place of None."""
     return like.new_empty(0, dtype=dtype)
 
 
@@ -64,7 +66,7 @@ def _bits_like(x: Tensor) -> Tensor:
 def _statistics(x: Tensor, branches: int) -> tuple[Tensor, Tensor]:
     check_activation("x", x)
     check_rows(x, branches)
-    return statistics_triton(x, branches) if _on_triton(x) else statistics_reference(x, branches)
+    return statistics_triton(x, branches) if on_triton(x) else statistics_reference(x, branches)
 
 
 @_statistics.register_fake
@@ -91,14 +93,14 @@ def _apply(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     check_apply(x, mean, var, weight, bias, residual)
-    if _on_triton(x):
+    if on_triton(x):
         y, bits = apply_triton(x, mean, var, weight, bias, residual, relu, relu, eps)
-        return y, _nothing(x, torch.uint8) if bits is None else bits
+        return y, no_tensor(x, torch.uint8) if bits is None else bits
     if x.device.type == "cpu":
         y = apply_cpu(x, mean, var, weight, bias, residual, relu, eps)
     else:
         y = apply_reference(x, mean, var, weight, bias, residual, relu, eps)[0]
-    return y, _nothing(x, torch.uint8)
+    return y, no_tensor(x, torch.uint8)
 
 
 @_apply.register_fake
@@ -113,14 +115,14 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     check_apply(x, mean, var, weight, bias, residual)
-    return torch.empty_like(x), _bits_like(x) if relu and _on_triton(x) else _nothing(x, torch.uint8)
+    return torch.empty_like(x), _bits_like(x) if relu and on_triton(x) else no_tensor(x, torch.uint8)
 
 
 def _gate(y: Tensor, bits: Tensor, relu: bool) -> Tensor | None:
     """What backward reads to know where ReLU let through."""
     if not relu:
         return None
-    return bits if _on_triton(y) else y
+    return bits if on_triton(y) else y
 
 
 def _channels_last_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,7 +181,7 @@ def _reduce(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     check_backward(dy, x, gate, relu, weight=weight, bias=bias, mean=mean, var=var)
-    if _on_triton(x):
+    if on_triton(x):
         return reduce_triton(dy, x, gate, relu, mean, var, weight, bias, eps)
     if x.device.type == "cpu" and (not relu or (gate is not None and gate.dtype == x.dtype)):
         _, _, dweight, dbias = batch_backward_cpu(dy, gate if relu else None, x, mean, var, weight, eps)
@@ -252,7 +254,7 @@ def _input_gradient(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     check_input_gradient(dy, x, gate, relu, mean, var, weight, bias, sum_g, sum_gxhat)
-    if _on_triton(dy):
+    if on_triton(dy):
         dx, g = input_gradient_triton(
             dy, x, gate, relu, mean, var, weight, bias, sum_g, sum_gxhat, per_count, residual_gradient, eps
         )
@@ -268,7 +270,7 @@ def _input_gradient(
         mean_gxhat = None if sum_gxhat is None else sum_gxhat * per_count
         dx, g = input_gradient_reference(dy, x, gate, relu, mean, var, weight, bias, mean_g, mean_gxhat, eps)
         g = g if relu else g.clone()
-    return dx, g if residual_gradient and g is not None else _nothing(dy)
+    return dx, g if residual_gradient and g is not None else no_tensor(dy)
 
 
 @_input_gradient.register_fake
@@ -288,7 +290,7 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     check_input_gradient(dy, x, gate, relu, mean, var, weight, bias, sum_g, sum_gxhat)
-    return torch.empty_like(dy), torch.empty_like(dy) if residual_gradient else _nothing(dy)
+    return torch.empty_like(dy), torch.empty_like(dy) if residual_gradient else no_tensor(dy)
 
 
 def _input_gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -338,14 +340,14 @@ def _batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_batch(x, weight, bias, residual)
     bits = None
-    if _on_triton(x):
+    if on_triton(x):
         save_bits = relu and residual is not None
         y, bits, mean, var = batch_forward_triton(x, weight, bias, residual, relu, save_bits, eps)
     elif x.device.type == "cpu":
         y, mean, var = batch_forward_cpu(x, weight, bias, residual, relu, eps)
     else:
         y, mean, var = split_batch_norm_reference(x, weight, bias, residual=residual, relu=relu, eps=eps)
-    return y, _nothing(x, torch.uint8) if bits is None else bits, mean, var
+    return y, no_tensor(x, torch.uint8) if bits is None else bits, mean, var
 
 
 @_batch.register_fake
@@ -353,8 +355,8 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_batch(x, weight, bias, residual)
-    save_bits = _on_triton(x) and relu and residual is not None
-    bits = _bits_like(x) if save_bits else _nothing(x, torch.uint8)
+    save_bits = on_triton(x) and relu and residual is not None
+    bits = _bits_like(x) if save_bits else no_tensor(x, torch.uint8)
     return torch.empty_like(x), bits, torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -373,7 +375,7 @@ def _batch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_backward(dy, x, gate, relu, weight=weight, bias=bias, mean=mean, var=var)
     g: Tensor | None
-    if _on_triton(x):
+    if on_triton(x):
         dx, g, dweight, dbias = batch_backward_triton(
             dy, x, gate, relu, mean, var, weight, bias, residual_gradient, eps
         )
@@ -387,7 +389,7 @@ def _batch_backward(
             dy, x, gate, relu, mean, var, weight, bias, dbias / count, dweight / count, eps
         )
         g = g if relu else g.clone()
-    return dx, g if residual_gradient and g is not None else _nothing(dy), dweight, dbias
+    return dx, g if residual_gradient and g is not None else no_tensor(dy), dweight, dbias
 
 
 @_batch_backward.register_fake
@@ -404,7 +406,7 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_backward(dy, x, gate, relu, weight=weight, bias=bias, mean=mean, var=var)
-    dresidual = torch.empty_like(dy) if residual_gradient else _nothing(dy)
+    dresidual = torch.empty_like(dy) if residual_gradient else no_tensor(dy)
     return torch.empty_like(dy), dresidual, torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -413,7 +415,7 @@ def _batch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     y, bits, mean, var = output
     ctx.set_materialize_grads(False)
     gate = _gate(y, bits, ctx.relu)
-    if residual is None and _on_triton(x):
+    if residual is None and on_triton(x):
         gate = None
     ctx.save_for_backward(x, gate, mean, var, weight, bias)
     ctx.mark_non_differentiable(bits, mean, var)

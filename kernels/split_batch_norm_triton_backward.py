@@ -26,6 +26,7 @@ GATE_RECOMPUTE = tl.constexpr(2)
 @triton.jit
 def _through_relu(
     dy,
+    second,
     bits,
     ok,
     offsets,
@@ -35,11 +36,15 @@ def _through_relu(
     scale,
     shift,
     GATE: tl.constexpr,
+    JOIN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient before the ReLU, fp32."""
+    """Gradient before the ReLU, fp32, of dy or, with JOIN, of dy + second, rounded as their sum would be."""
     g = tl.load(dy + offsets, mask=ok, other=0.0).to(tl.float32)
+    if JOIN:
+        g += tl.load(second + offsets, mask=ok, other=0.0).to(tl.float32)
+        g = g.to(dy.dtype.element_ty).to(tl.float32)
     if GATE == GATE_BITS:
         packed = tl.load(bits + bits_offsets, mask=bits_ok, other=0).to(tl.int32)
         opened = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
@@ -52,6 +57,8 @@ def _through_relu(
 @triton.jit
 def _reduce_lanes(
     dy,
+    second,
+    joined,
     x,
     bits,
     rows,
@@ -64,10 +71,12 @@ def _reduce_lanes(
     STEPS: tl.constexpr,
     UNROLL: tl.constexpr,
     GATE: tl.constexpr,
+    JOIN: tl.constexpr,
+    STORE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Σ g and Σ g·(x − mean) over `rows` rows, a lane an element of the tile."""
+    """Σ g and Σ g·(x − mean) over `rows` rows, a lane an element of the tile; STORE writes g to `joined`."""
     lane = tl.arange(0, BLOCK_R)
     offsets = lane[:, None] * C + channel[None, :]
     channel_ok = (channel < C)[None, :]
@@ -83,6 +92,7 @@ def _reduce_lanes(
             centred = tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32) - centre[None, :]
             g = _through_relu(
                 dy,
+                second,
                 bits,
                 ok,
                 offsets,
@@ -92,14 +102,19 @@ def _reduce_lanes(
                 scale,
                 shift,
                 GATE,
+                JOIN,
                 BLOCK_R,
                 BLOCK_C,
             )
+            if STORE:
+                tl.store(joined + offsets, g.to(joined.dtype.element_ty), mask=ok)
+                joined += BLOCK_R * C
             sum_g += g
             # Rows past the end have g = 0, but 0·(0 − mean) is NaN where the mean is not finite, as it should
             # be.
             sum_gx += g * centred
             dy += BLOCK_R * C
+            second += BLOCK_R * C
             x += BLOCK_R * C
             bits += BLOCK_R * G
     return tl.sum(sum_g, 0), tl.sum(sum_gx, 0)
@@ -108,6 +123,8 @@ def _reduce_lanes(
 @triton.jit
 def reduce_partial_kernel(
     dy,
+    second,
+    joined,
     x,
     bits,
     mean,
@@ -121,10 +138,14 @@ def reduce_partial_kernel(
     STEPS: tl.constexpr,
     UNROLL: tl.constexpr,
     GATE: tl.constexpr,
+    JOIN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial[branch, split] = (Σ g, Σ g·(x − mean)); grid (split, column, branch)."""
+    """partial[branch, split] = (Σ g, Σ g·(x − mean)); grid (split, column, branch).
+
+    JOIN: g is of dy + second, and written to `joined`.
+    """
     split = tl.program_id(0)
     branch = tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -142,6 +163,8 @@ def reduce_partial_kernel(
     start = branch.to(tl.int64) * R + first
     sum_g, sum_gx = _reduce_lanes(
         dy + start * C,
+        second + start * C,
+        joined + start * C,
         x + start * C,
         bits + start * ((C + 7) // 8),
         R - first,
@@ -154,6 +177,8 @@ def reduce_partial_kernel(
         STEPS,
         UNROLL,
         GATE,
+        JOIN,
+        JOIN,
         BLOCK_R,
         BLOCK_C,
     )
@@ -184,6 +209,7 @@ def reduce_combine_kernel(
 @triton.jit
 def _input_gradient_tile(
     dy,
+    second,
     x,
     bits,
     dx,
@@ -199,6 +225,7 @@ def _input_gradient_tile(
     slope,
     BATCH: tl.constexpr,
     GATE: tl.constexpr,
+    JOIN: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -209,7 +236,20 @@ def _input_gradient_tile(
     else:
         centred = 0.0
     g = _through_relu(
-        dy, bits, ok, offsets, bits_ok, bits_offsets, centred, scale, shift, GATE, BLOCK_R, BLOCK_C
+        dy,
+        second,
+        bits,
+        ok,
+        offsets,
+        bits_ok,
+        bits_offsets,
+        centred,
+        scale,
+        shift,
+        GATE,
+        JOIN,
+        BLOCK_R,
+        BLOCK_C,
     )
     if RESIDUAL:
         tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=ok)
@@ -269,6 +309,7 @@ def input_gradient_kernel(
     byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     _input_gradient_tile(
         dy + start * C,
+        dy,
         x + start * C,
         bits + start * G,
         dx + start * C,
@@ -284,6 +325,7 @@ def input_gradient_kernel(
         slope,
         BATCH,
         GATE,
+        False,
         RESIDUAL,
         BLOCK_R,
         BLOCK_C,
@@ -293,6 +335,7 @@ def input_gradient_kernel(
 @triton.jit
 def small_backward_kernel(
     dy,
+    second,
     x,
     bits,
     mean,
@@ -308,6 +351,7 @@ def small_backward_kernel(
     eps,
     STEPS: tl.constexpr,
     GATE: tl.constexpr,
+    JOIN: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -325,12 +369,31 @@ def small_backward_kernel(
     shift = tl.load(bias + at, mask=channel_ok, other=0.0)
     start = branch.to(tl.int64) * R
     dy += start * C
+    second += start * C
     x += start * C
     dx += start * C
     dresidual += start * C
     bits += start * G
     sum_g, sum_gx = _reduce_lanes(
-        dy, x, bits, R, C, channel, byte, centre, scale, shift, STEPS, 1, GATE, BLOCK_R, BLOCK_C
+        dy,
+        second,
+        dresidual,
+        x,
+        bits,
+        R,
+        C,
+        channel,
+        byte,
+        centre,
+        scale,
+        shift,
+        STEPS,
+        1,
+        GATE,
+        JOIN,
+        False,
+        BLOCK_R,
+        BLOCK_C,
     )
     sum_gxhat = sum_gx * rstd
     tl.store(dbias + at, sum_g, mask=channel_ok)
@@ -343,6 +406,7 @@ def small_backward_kernel(
         row_ok = (step * BLOCK_R + row < R)[:, None]
         _input_gradient_tile(
             dy,
+            second,
             x,
             bits,
             dx,
@@ -358,11 +422,13 @@ def small_backward_kernel(
             slope,
             True,
             GATE,
+            JOIN,
             RESIDUAL,
             BLOCK_R,
             BLOCK_C,
         )
         dy += BLOCK_R * C
+        second += BLOCK_R * C
         x += BLOCK_R * C
         dx += BLOCK_R * C
         dresidual += BLOCK_R * C

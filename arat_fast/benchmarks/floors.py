@@ -6,7 +6,10 @@ moves through memory when every tensor is read and written as seldom as its oper
     convolution   forward x + y + W; input gradient dy + dx + W; weight gradient x + dy + W (W once a batch)
     BatchNorm     by the batch's statistics, with ReLU: forward 3 y, backward 5 y; a residual adds one to each
                   by running statistics, folded: forward 2 y, backward 2 y; a residual adds one to the forward
-    join          where a block's input is used twice: backward 3 x; where nothing fuses the sum, forward 3 x
+    join          a block's input is used twice, so two gradients are added: backward 1 x where that happens in
+                  the backward of a BatchNorm with a residual, or of a ReLU alone, 2 x in a BatchNorm's
+                  without a residual, 3 x anywhere else
+    sum           of a residual that no BatchNorm adds: forward 3 x
 
 Fusing BatchNorm into a convolution's epilogue would move less; nothing here does.
 """
@@ -27,8 +30,8 @@ from arat_fast.training.cost import iteration_cost
 class Traffic:
     """Elements an image of a network's tensors (weights: of the whole network).
 
-    images: of the first convolution's input. residual: of BatchNorm outputs that take a residual; joins: of
-    block inputs; sums: of residual sums that no BatchNorm does.
+    residual: of BatchNorm outputs that take a residual; joins, joins_folded: what adding up the gradients of
+    blocks' inputs moves, by the batch's statistics and folded; sums: of residual sums that no BatchNorm does.
     """
 
     conv_in: int
@@ -37,6 +40,7 @@ class Traffic:
     batch_norm: int
     residual: int
     joins: int
+    joins_folded: int
     sums: int
 
     def forward(self, batch: int, folded: bool) -> float:
@@ -47,7 +51,8 @@ class Traffic:
     def input_backward(self, batch: int, folded: bool) -> float:
         """Elements an image that an input gradient moves."""
         norm = 2 * self.batch_norm if folded else 5 * self.batch_norm + self.residual
-        return self.conv_in + self.conv_out + self.weights / batch + norm + 3 * self.joins
+        joins = self.joins_folded if folded else self.joins
+        return self.conv_in + self.conv_out + self.weights / batch + norm + joins
 
     def weight_backward(self, batch: int) -> float:
         """Elements an image that weight gradients move beside the input gradients."""
@@ -56,7 +61,7 @@ class Traffic:
 
 def network_traffic(model: str, side: int) -> Traffic:
     """Counted on the reference network without allocating it; images are (3, side, side)."""
-    counts = dict.fromkeys(("conv_in", "conv_out", "weights", "batch_norm", "residual", "joins", "sums"), 0)
+    counts = dict.fromkeys(Traffic.__dataclass_fields__, 0)
 
     def conv(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(layer, nn.Conv2d)
@@ -68,8 +73,13 @@ def network_traffic(model: str, side: int) -> Traffic:
         counts["batch_norm"] += output.numel()
 
     def block(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        counts["joins"] += inputs[0].numel()
-        counts["residual" if isinstance(layer, reference.BasicBlock) else "sums"] += output.numel()
+        basic, size = isinstance(layer, reference.BasicBlock), inputs[0].numel()
+        # Of a pre-activated block with a shortcut the two gradients meet behind its first BatchNorm.
+        fused = basic or layer.shortcut is not None
+        with_residual = basic and counts["residual"] > 0  # the stem's has none
+        counts["joins"] += size * (3 if not fused else 1 if with_residual else 2)
+        counts["joins_folded"] += size * (1 if fused else 3)
+        counts["residual" if basic else "sums"] += output.numel()
 
     with torch.device("meta"):
         network = reference.MODELS[model](10, 3).eval()

@@ -17,6 +17,7 @@ from arat_fast.config import AttackConfig
 from arat_fast.kernels.pgd import pgd_step_
 from arat_fast.kernels.random_start import Kind, random_start
 from arat_fast.nn import FoldedModel, SplitBatchNorm2d, bn_mode, use_branch
+from arat_fast.training.joined_gradients import INDUCTOR_OPTIONS
 from arat_fast.training.precision import LowPrecisionTwin
 
 # Keeps the small gradients of an fp16 attack from vanishing; sign and L2 normalisation do not see it.
@@ -67,7 +68,9 @@ class AttackPass:
 
     def compile(self) -> None:
         """Compile the attack step; used where a call asks for it."""
-        self.compiled_gradient = torch.compile(self.gradient, fullgraph=True, dynamic=False)
+        self.compiled_gradient = torch.compile(
+            self.gradient, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS
+        )
 
     def set_radius(self, factor: float) -> None:
         """Scale eps and alpha of the settings, for a warm-up."""

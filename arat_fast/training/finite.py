@@ -25,6 +25,11 @@ class FiniteGuard:
         self.guarded = [*self.weights, *others]
         self.copies = [torch.empty_like(t) for t in self.guarded]
         self.restore = CopyWhere(self.guarded, self.copies)
+        # On a GPU a foreach copy of mixed dtypes is a launch a tensor; of one dtype it is a few.
+        pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for copy, tensor in zip(self.copies, self.guarded, strict=True):
+            pairs.setdefault(tensor.dtype, []).append((copy, tensor))
+        self._by_dtype = [tuple(map(list, zip(*of_dtype, strict=True))) for of_dtype in pairs.values()]
         device = self.guarded[0].device
         self.step = torch.full((), -1, dtype=torch.int64, device=device)
         self.term = torch.full((), -1, dtype=torch.int64, device=device)
@@ -32,7 +37,8 @@ class FiniteGuard:
     @torch.no_grad()
     def before(self) -> None:
         """Copy the state that the coming step may spoil."""
-        torch._foreach_copy_(self.copies, self.guarded)
+        for copies, tensors in self._by_dtype:
+            torch._foreach_copy_(copies, tensors)
 
     @torch.no_grad()
     def after(self, terms: Sequence[Tensor], step: int | Tensor) -> None:

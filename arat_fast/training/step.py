@@ -26,6 +26,7 @@ from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import CannotCapture, CapturedIteration, CudaGraph, Graph, make_capturable
 from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
 from arat_fast.training.finite import FiniteGuard, loss_terms
+from arat_fast.training.joined_gradients import INDUCTOR_OPTIONS
 from arat_fast.training.precision import (
     DTYPES,
     LowPrecisionTwin,
@@ -205,7 +206,9 @@ class TrainStep:
 
     def _compile_for(self, images: Tensor, labels: Tensor) -> None:
         self.attack.compile()
-        self._compiled_forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
+        self._compiled_forward = torch.compile(
+            self._training_forward, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS
+        )
         self._compiled_for = labels.shape
 
     def _try_capture(self, inputs: tuple[Tensor, Tensor, Tensor | None], resident: bool) -> None:

@@ -88,7 +88,8 @@ def test_traffic_of_a_network_counted_by_hand() -> None:
     # Stem, two convolutions a block, and a shortcut in the last two blocks; a BatchNorm after each.
     assert found.batch_norm == found.conv_out == 3 * one + 3 * two + 3 * three
     assert found.residual == one + two + three
-    assert found.joins == one + one + two
+    assert found.joins == 2 * one + one + two  # the stem's BatchNorm has no residual
+    assert found.joins_folded == one + one + two
     assert found.conv_in == (3 * 64 + one + one) + (one + two + one) + (two + three + two)
     network = reference.resnet8()
     assert found.weights == sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Conv2d))
