@@ -85,7 +85,7 @@ if [ $whole = 0 ]; then
     tests=(--confcutdir tests/kernels tests/kernels)
     parts=" $(echo "$parts" | grep -owE 'tests|ceilings|kernels' | tr '\n' ' ')"
 fi
-options=(-q -p no:cacheprovider)
+options=(-v -p no:cacheprovider) # a line a test: what a time limit leaves still names the failures
 has pytest_timeout || options+=(-o addopts=)
 has xdist && [ "$device" = cuda ] && options+=(-n 6)
 
@@ -94,7 +94,7 @@ has xdist && [ "$device" = cuda ] && options+=(-n 6)
 prepare() {
     local name=$1 model=$2 batch=$3 variants=$4
     [[ $parts == *" $name "* ]] || return 0
-    bench step --prepare --model "$model" --batch "$batch" "${step[@]}" --jobs $jobs --caches "$out/caches" \
+    TORCHINDUCTOR_COMPILE_THREADS=2 bench step --prepare --model "$model" --batch "$batch" "${step[@]}" --jobs $jobs --caches "$out/caches" \
         --variants "$variants" --json "$out/prepared_$name.json" >"$out/prepare_$name.txt" 2>&1
 }
 few_variants=eager,strong-compiled,fast
@@ -112,7 +112,7 @@ if [ $whole = 1 ]; then
     set +m
 fi
 
-part tests 150 "$python" -m pytest "${options[@]}" "${select[@]}" "${tests[@]}"
+part tests 200 "$python" -m pytest "${options[@]}" "${select[@]}" "${tests[@]}"
 if [ -n "$background" ]; then
     # Timings begin when nothing else computes; compiling gets its half of the time at most.
     while kill -0 $background 2>/dev/null && (($(left) > total / 2)); do sleep 1; done
@@ -170,7 +170,7 @@ fi
 echo "== ceilings"
 cat "$out/ceilings.txt" "$out/convolutions.txt" 2>/dev/null
 echo "== tests"
-grep -E '^(FAILED|ERROR)' "$out/tests.txt" 2>/dev/null | cut -c1-200 | head -n 20
+grep -E '(FAILED|ERROR).*::|::.*(FAILED|ERROR)' "$out/tests.txt" 2>/dev/null | cut -c1-200 | sort -u | head -n 20
 tail -n 1 "$out/tests.txt" 2>/dev/null
 echo "== parts, $((SECONDS - begun)) s in all; figures in ${out#"$PWD"/}/results.json, output in logs.tar.gz"
 cat "$out/status"

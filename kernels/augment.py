@@ -33,6 +33,7 @@ from .dispatch import (
     check_device,
     check_tensor,
     counter_tensor,
+    on_device,
     traceable,
     use_triton,
 )
@@ -66,7 +67,9 @@ def random_crop_flip_reference(
         row.clamp(0, height - 1)[:, :, None],
         column.clamp(0, width - 1)[:, None, :],
     ]
-    pixels = torch.where(inside[..., None], cropped, torch.zeros_like(cropped)).to(torch.float32) / 255
+    pixels = torch.where(inside[..., None], cropped, torch.zeros_like(cropped)).to(torch.float32)
+    # By a tensor: a GPU divides by a number of the host as it multiplies by its reciprocal.
+    pixels = pixels / torch.full((), 255.0, device=images.device)
     return pixels.to(dtype).permute(0, 3, 1, 2)
 
 
@@ -160,26 +163,27 @@ def _random_crop_flip(
         memory_format=torch.channels_last,
     )
     rows, columns = _tile(height, width, channels)
-    traceable(_crop_flip_kernel)[(count, triton.cdiv(height, rows))](
-        images,
-        indices,
-        seed,
-        epoch,
-        out,
-        stored,
-        HEIGHT=height,
-        WIDTH=width,
-        CHANNELS=channels,
-        PADDING=padding,
-        FLIP=int(flip),
-        RESIDENT=resident,
-        PURPOSE=CROP_AND_FLIP,
-        HIGH=_HIGH,
-        LOW=_LOW,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    with on_device(images):
+        traceable(_crop_flip_kernel)[(count, triton.cdiv(height, rows))](
+            images,
+            indices,
+            seed,
+            epoch,
+            out,
+            stored,
+            HEIGHT=height,
+            WIDTH=width,
+            CHANNELS=channels,
+            PADDING=padding,
+            FLIP=int(flip),
+            RESIDENT=resident,
+            PURPOSE=CROP_AND_FLIP,
+            HIGH=_HIGH,
+            LOW=_LOW,
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=4,
+        )
     return out
 
 

@@ -33,6 +33,7 @@ from .dispatch import (
     check_same,
     check_same_layout,
     check_tensor,
+    on_device,
     traceable,
     use_triton,
 )
@@ -109,24 +110,25 @@ def _launch_linf(
     alpha_tensor, alpha_value, alpha_from_tensor = amount_arguments(alpha, x)
     numel = x.numel()
     block = block_size(_BLOCK, numel)
-    traceable(_pgd_linf_kernel)[(triton.cdiv(numel, block),)](
-        x_adv,
-        x,
-        grad,
-        out,
-        out if low_precision is None else low_precision,
-        eps_tensor,
-        alpha_tensor,
-        eps_value,
-        alpha_value,
-        numel,
-        EPS_TENSOR=eps_from_tensor,
-        ALPHA_TENSOR=alpha_from_tensor,
-        LOW_PRECISION=low_precision is not None,
-        EVEN=numel % block == 0,
-        BLOCK=block,
-        num_warps=4,
-    )
+    with on_device(x):
+        traceable(_pgd_linf_kernel)[(triton.cdiv(numel, block),)](
+            x_adv,
+            x,
+            grad,
+            out,
+            out if low_precision is None else low_precision,
+            eps_tensor,
+            alpha_tensor,
+            eps_value,
+            alpha_value,
+            numel,
+            EPS_TENSOR=eps_from_tensor,
+            ALPHA_TENSOR=alpha_from_tensor,
+            LOW_PRECISION=low_precision is not None,
+            EVEN=numel % block == 0,
+            BLOCK=block,
+            num_warps=4,
+        )
 
 
 # The operators hold eps and alpha twice, as a tensor or None and as a number: a schema has no "either".

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .arithmetic import amount, amount_arguments, clamp_keeping_nan
 from .compile_cases import CompileCase
-from .dispatch import traceable
+from .dispatch import on_device, traceable
 
 SMALLEST_NORM = 1e-18
 _BLOCK = 4096
@@ -135,32 +135,34 @@ def launch_l2(
     sums = x
     if chunks > 1:
         sums = torch.empty((count, 3, chunks), dtype=torch.float32, device=x.device)
-        traceable(_pgd_l2_sums_kernel)[(count, chunks)](
-            x_adv, x, grad, sums, numel, chunks, EVEN=even, BLOCK=block, num_warps=8
+        with on_device(x):
+            traceable(_pgd_l2_sums_kernel)[(count, chunks)](
+                x_adv, x, grad, sums, numel, chunks, EVEN=even, BLOCK=block, num_warps=8
+            )
+    with on_device(x):
+        traceable(_pgd_l2_kernel)[(count, chunks)](
+            x_adv,
+            x,
+            grad,
+            out,
+            out if low_precision is None else low_precision,
+            sums,
+            eps_tensor,
+            alpha_tensor,
+            eps_value,
+            alpha_value,
+            numel,
+            chunks,
+            EPS_TENSOR=eps_from_tensor,
+            ALPHA_TENSOR=alpha_from_tensor,
+            LOW_PRECISION=low_precision is not None,
+            WHOLE_IMAGE=chunks == 1,
+            CHUNKS=triton.next_power_of_2(chunks),
+            SMALLEST=SMALLEST_NORM,
+            EVEN=even,
+            BLOCK=block,
+            num_warps=8,
         )
-    traceable(_pgd_l2_kernel)[(count, chunks)](
-        x_adv,
-        x,
-        grad,
-        out,
-        out if low_precision is None else low_precision,
-        sums,
-        eps_tensor,
-        alpha_tensor,
-        eps_value,
-        alpha_value,
-        numel,
-        chunks,
-        EPS_TENSOR=eps_from_tensor,
-        ALPHA_TENSOR=alpha_from_tensor,
-        LOW_PRECISION=low_precision is not None,
-        WHOLE_IMAGE=chunks == 1,
-        CHUNKS=triton.next_power_of_2(chunks),
-        SMALLEST=SMALLEST_NORM,
-        EVEN=even,
-        BLOCK=block,
-        num_warps=8,
-    )
 
 
 def compile_cases() -> Iterator[CompileCase]:

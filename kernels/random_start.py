@@ -35,6 +35,7 @@ from .dispatch import (
     check_same_layout,
     check_tensor,
     counter_tensor,
+    on_device,
     traceable,
     use_triton,
 )
@@ -194,11 +195,13 @@ def _launch(
         "num_warps": 4,
     }
     if kind == "l2":
-        traceable(_random_start_l2_kernel)[(count,)](*arguments, numel, **meta)
+        with on_device(x):
+            traceable(_random_start_l2_kernel)[(count,)](*arguments, numel, **meta)
     else:
-        traceable(_random_start_kernel)[(count, triton.cdiv(numel, block))](
-            *arguments, NORMAL=kind == "normal", SCALE=NORMAL_SCALE, **meta
-        )
+        with on_device(x):
+            traceable(_random_start_kernel)[(count, triton.cdiv(numel, block))](
+                *arguments, NORMAL=kind == "normal", SCALE=NORMAL_SCALE, **meta
+            )
 
 
 @triton_op("arat_fast::random_start", mutates_args={"low_precision"})

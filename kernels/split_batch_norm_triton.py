@@ -126,7 +126,8 @@ def _apply_tile(
 ):
     z = tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32)
     # Subtract first: z·scale + (shift − mean·scale) would lose |mean| / std of the mantissa.
-    z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
+    # One fma, as in backward, which finds ReLU's sign again: two roundings here would be another sign there.
+    z = tl.fma(z - mean[None, :], scale[None, :], shift[None, :])
     if HAS_RESIDUAL:
         z += tl.load(residual + offsets, mask=ok, other=0.0).to(tl.float32)
     if RELU:

@@ -50,7 +50,7 @@ def _through_relu(
         opened = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
         g = tl.where(tl.reshape(opened, (BLOCK_R, BLOCK_C)) != 0, g, 0.0)
     elif GATE == GATE_RECOMPUTE:
-        g = tl.where(centred * scale[None, :] + shift[None, :] <= 0, 0.0, g)
+        g = tl.where(tl.fma(centred, scale[None, :], shift[None, :]) <= 0, 0.0, g)
     return g
 
 

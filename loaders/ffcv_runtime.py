@@ -191,6 +191,16 @@ def _guarded(ffcv: Any, compiler: Any) -> Runtime:
                 with contextlib.suppress(_Stopped):
                     self.output_queue.put(None)
 
+        def run_pipeline(self, b_ix: int, ixes: Any, slot: int, event: Any) -> Any:
+            """Make a batch in a slot of the ring, once the copy to the device of the last one there is done.
+
+            FFCV lets the slot's stream wait, but not the host: a trainer that never waits for its GPU would
+            get later pixels under earlier labels.
+            """
+            if self.cuda_streams[slot] is not None:
+                self.cuda_streams[slot].synchronize()
+            return super().run_pipeline(b_ix, ixes, slot, event)
+
         def __next__(self) -> Any:
             if self.ended:
                 raise StopIteration

@@ -154,7 +154,8 @@ def _seconds(
         calls = {name: captured(repeated(call)).replay for name, call in calls.items()}
     for call in calls.values():
         call()
-    return {name: statistics.median(s) / each for name, s in take_turns(calls, device, turns).items()}
+    turned = take_turns(calls, device, turns, count=each)
+    return {name: statistics.median(seconds) / each for name, seconds in turned.items()}
 
 
 def measure(options: ConvolutionOptions) -> dict[str, Any]:

@@ -6,9 +6,9 @@ moves through memory when every tensor is read and written as seldom as its oper
     convolution   forward x + y + W; input gradient dy + dx + W; weight gradient x + dy + W (W once a batch)
     BatchNorm     by the batch's statistics, with ReLU: forward 3 y, backward 5 y; a residual adds one to each
                   by running statistics, folded: forward 2 y, backward 2 y; a residual adds one to the forward
-    join          a block's input is used twice, so two gradients are added: backward 1 x where that happens in
-                  the backward of a BatchNorm with a residual, or of a ReLU alone, 2 x in a BatchNorm's
-                  without a residual, 3 x anywhere else
+    join          a block's input is used twice, so two gradients are added: backward 1 x within the
+                  backward of a BatchNorm with a residual, or of a ReLU alone, 2 x within that of a BatchNorm
+                  without one, 3 x anywhere else
     sum           of a residual that no BatchNorm adds: forward 3 x
 
 Fusing BatchNorm into a convolution's epilogue would move less; nothing here does.

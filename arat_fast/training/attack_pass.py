@@ -17,7 +17,7 @@ from arat_fast.config import AttackConfig
 from arat_fast.kernels.pgd import pgd_step_
 from arat_fast.kernels.random_start import Kind, random_start
 from arat_fast.nn import FoldedModel, SplitBatchNorm2d, bn_mode, use_branch
-from arat_fast.training.joined_gradients import INDUCTOR_OPTIONS
+from arat_fast.training.compiled import compiled_pass, tracing
 from arat_fast.training.precision import LowPrecisionTwin
 
 # Keeps the small gradients of an fp16 attack from vanishing; sign and L2 normalisation do not see it.
@@ -68,9 +68,7 @@ class AttackPass:
 
     def compile(self) -> None:
         """Compile the attack step; used where a call asks for it."""
-        self.compiled_gradient = torch.compile(
-            self.gradient, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS
-        )
+        self.compiled_gradient = compiled_pass(self.gradient)
 
     def set_radius(self, factor: float) -> None:
         """Scale eps and alpha of the settings, for a warm-up."""
@@ -90,7 +88,7 @@ class AttackPass:
         # 2.11.
         leaf = torch.zeros_like(images, dtype=self.dtype).requires_grad_()
         gradient = self.compiled_gradient if compiled and self.compiled_gradient else self.gradient
-        with use_branch(self.model, settings.branch), torch._dynamo.config.patch(trace_autograd_ops=True):
+        with use_branch(self.model, settings.branch), tracing():
             target = self._clean_probabilities(images) if settings.loss == "kl" else labels
             with bn_mode(self.model, "running" if settings.bn == "running" else "batch", update=True):
                 for _ in range(settings.steps):

@@ -15,6 +15,7 @@ from arat_fast.models import create_model
 from arat_fast.models.library import is_library_name
 from arat_fast.models.plain import plain_network
 from arat_fast.nn import from_authors
+from arat_fast.training.momentum import start_momentum
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +103,7 @@ def build_fast(
 def build_optimizer(
     config: TrainConfig, parameters: Sequence[nn.Parameter], fused: bool = False
 ) -> torch.optim.SGD:
-    """SGD over the network and the predictors, weight decay on all of them, momentum buffers from the start.
-
-    A zero buffer gives the first step's momentum bit for bit, and lets the state be saved and masked from
-    step 1.
-    """
+    """SGD over the network and the predictors, weight decay on all, momentum buffers from the start."""
     optimizer = torch.optim.SGD(
         parameters,
         lr=config.learning_rate,
@@ -114,6 +111,5 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         fused=fused,
     )
-    for parameter in parameters:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    start_momentum(optimizer)
     return optimizer

@@ -49,8 +49,8 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
 
     def record(self, body: Callable[[], None]) -> None:
-        """Capture into a private memory pool."""
-        with torch.cuda.graph(self.graph):
+        """Capture into a private memory pool; what other threads do (a loader's) does not break it off."""
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             body()
 
     def replay(self) -> None:
@@ -149,7 +149,7 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
     Raises CannotCapture, with nothing changed, for an optimizer whose step waits for the host.
     """
     for group in optimizer.param_groups:
-        if not (group.get("fused") or group.get("capturable")):
+        if not group.get("capturable", group.get("fused")):
             raise CannotCapture(
                 f"{type(optimizer).__name__} reads its learning rate on the host; build it with fused=True "
                 "(SGD) or capturable=True (Adam)"

@@ -83,6 +83,8 @@ def build_engine(
     Raises UserError for an unknown layer to tap, a teacher that is missing or does not fit, or a reference
     engine with what it does not know, or that several processes should share.
     """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes stay the same; as in every benchmark
     if config.engine == "reference":
         if model is not None:
             raise UserError("engine reference trains its own networks; use engine fast for yours")

@@ -18,7 +18,7 @@ from arat_fast.kernels import split_batch_norm_joined  # noqa: F401  registers t
 
 
 class JoinedGradients(CustomGraphPass):
-    """Inductor runs it on every graph it compiles under `INDUCTOR_OPTIONS`."""
+    """Inductor's `post_grad_custom_post_pass` (`arat_fast.training.compiled`)."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite in place."""
@@ -59,6 +59,3 @@ def _adds_alike(node: Any) -> bool:
         and value.is_contiguous(memory_format=torch.channels_last)
         for value in values
     )
-
-
-INDUCTOR_OPTIONS: dict[str, Any] = {"post_grad_custom_post_pass": JoinedGradients()}

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from arat_fast.config import AttackConfig, checked_attack, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
+from arat_fast.kernels.dispatch import on_device
 from arat_fast.methods.base import Method, Outputs
 from arat_fast.nn import SplitBatchNorm2d, bind_branches, bn_mode, use_branch
 from arat_fast.nn.branch_state import BranchState, shared_state
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import CannotCapture, CapturedIteration, CudaGraph, Graph, make_capturable
+from arat_fast.training.compiled import compiled_pass, tracing
 from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
 from arat_fast.training.finite import FiniteGuard, loss_terms
-from arat_fast.training.joined_gradients import INDUCTOR_OPTIONS
+from arat_fast.training.momentum import start_momentum
 from arat_fast.training.precision import (
     DTYPES,
     LowPrecisionTwin,
@@ -122,6 +124,7 @@ class TrainStep:
         )
         self.guard: FiniteGuard | None = None
         self._guarded = guard
+        self._begun = False
         self._compile = compiled
         self._capture = capture and self.device.type == "cuda" and world.size == 1
         self._make_graph: Callable[[], Graph] = CudaGraph
@@ -141,8 +144,14 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         """One iteration. `x_adv`, when given, takes the place of the attack's images."""
         self._check_batch(images, labels, indices, resident)
-        if self._guarded and self.guard is None:
-            self._start_guard()
+        with on_device(self.step):
+            return self._call(images, labels, indices, resident, x_adv)
+
+    def _call(
+        self, images: Tensor, labels: Tensor, indices: Tensor | None, resident: bool, x_adv: Tensor | None
+    ) -> dict[str, Tensor]:
+        if not self._begun:
+            self._begin()
         if self._compile and self._compiled_for is None:
             self._compile_for(images, labels)
         self._at = (self._at[0], self._at[1] + 1)
@@ -196,6 +205,14 @@ class TrainStep:
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected int64 ({count},)"
             )
 
+    def _begin(self) -> None:
+        """Before the first iteration, when the optimizer's state is there."""
+        self._begun = True
+        if self._guarded or self.scaler is not None:
+            start_momentum(self.optimizer)
+        if self._guarded:
+            self._start_guard()
+
     def _start_guard(self) -> None:
         modules = (self.model, self.method)
         weights = [p.detach() for m in modules for p in m.parameters()]
@@ -206,9 +223,7 @@ class TrainStep:
 
     def _compile_for(self, images: Tensor, labels: Tensor) -> None:
         self.attack.compile()
-        self._compiled_forward = torch.compile(
-            self._training_forward, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS
-        )
+        self._compiled_forward = compiled_pass(self._training_forward)
         self._compiled_for = labels.shape
 
     def _try_capture(self, inputs: tuple[Tensor, Tensor, Tensor | None], resident: bool) -> None:
@@ -252,6 +267,8 @@ class TrainStep:
             )
         else:
             images = images.contiguous(memory_format=torch.channels_last)
+        if x_adv is not None:
+            x_adv = x_adv.contiguous(memory_format=torch.channels_last)
         if self.guard is not None:
             self.guard.before()
         self.twin.refresh()
@@ -311,7 +328,7 @@ class TrainStep:
         with (
             use_branch(model, branch, parts),
             bn_mode(model, "batch", update=True),
-            torch._dynamo.config.patch(trace_autograd_ops=True),
+            tracing(),
         ):
             terms, outputs = forward(images, x_adv, labels)
             total = torch.stack(list(terms.values())).sum()

@@ -33,7 +33,9 @@ def by_the_book(image, top, left, flip, padding):
     height, width, _ = image.shape
     padded = torch.nn.functional.pad(image, (0, 0, padding, padding, padding, padding))
     window = padded[top : top + height, left : left + width]
-    return (window.flip(1) if flip else window).permute(2, 0, 1).float() / 255
+    return (window.flip(1) if flip else window).permute(2, 0, 1).float() / torch.full(
+        (), 255.0, device=image.device
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -220,3 +220,30 @@ print(time.process_time() - begin)
         assert result.returncode == 0, result.stderr
         seconds.append(float(result.stdout))
     assert seconds[1] < 3.0  # 12 s of compilation without the cache
+
+
+def test_a_slot_s_last_copy_to_the_device_ends_before_it_is_filled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FFCV makes the slot's stream wait, and not the host, whose next pixels go where the copy reads."""
+    from arat_fast.loaders.ffcv_runtime import runtime  # imports FFCV
+
+    prefetcher = runtime().prefetcher
+    order: list[object] = []
+
+    class Stream:
+        def __init__(self, slot: int) -> None:
+            self.slot = slot
+
+        def synchronize(self) -> None:
+            order.append(("waited for", self.slot))
+
+    base = prefetcher.__mro__[1]
+    monkeypatch.setattr(base, "run_pipeline", lambda _, *arguments: order.append(arguments))
+    monkeypatch.setattr(base, "__del__", lambda _: None)
+    one = prefetcher.__new__(prefetcher)
+    one.cuda_streams = [Stream(0), Stream(1), None]
+    one.run_pipeline(7, "rows", 1, "event")
+    assert order == [("waited for", 1), (7, "rows", 1, "event")]
+    one.run_pipeline(8, "rows", 2, None)  # without a GPU there is no stream
+    assert order[2:] == [(8, "rows", 2, None)]
