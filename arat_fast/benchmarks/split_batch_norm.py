@@ -232,6 +232,41 @@ def _backward(
     )
 
 
+def _joined(
+    images: int, channels: int, side: int, branches: int, dtype: torch.dtype, device: torch.device
+) -> BenchmarkCase:
+    """Backward with a residual where two gradients meet; "sum first": ours after an addition."""
+    alone = _backward(images, channels, side, branches, dtype, True, device)
+    layer = _layer(images, channels, side, branches, dtype, device)
+    on_triton = use_triton(torch.empty(0, device=device))
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        return *alone.make(seed), layer(seed + 1000)[0]
+
+    def of_sum(variant: Variant) -> Variant:
+        return lambda dy, *inputs: variant(dy + inputs[-1], *inputs[:-1])
+
+    def ours(dy: Tensor, x: Tensor, y: Tensor, bits: Tensor, *rest: Tensor) -> Any:
+        *statistics, second = rest
+        gate = bits if on_triton else y
+        dx, g, _, _ = torch.ops.arat_fast.split_bn_joined_backward(
+            dy, second, x, gate, True, *statistics, True, EPS
+        )
+        return dx, g
+
+    eager = of_sum(alone.variants["eager"])
+    variants: dict[str, Variant] = {
+        "ours": ours,
+        "eager": eager,
+        "inductor": torch.compile(eager, fullgraph=True, dynamic=False),
+        "sum first": of_sum(alone.variants["ours"]),
+    }
+    elements = images * branches * channels * side * side
+    name, shape = _named("backward of two gradients", images, channels, side, branches, dtype, True)
+    moved = 7 * elements * dtype.itemsize + elements // 8
+    return BenchmarkCase(name, shape, moved, make, variants, 2 * TOLERANCE[dtype])
+
+
 def benchmark_cases(device: torch.device, small: bool = False) -> Iterator[BenchmarkCase]:
     """Every layer at batch 128 a branch, the first and the last at 512; both branches, and one. On a CPU the
     first and the last, at batch 16.
@@ -250,3 +285,5 @@ def benchmark_cases(device: torch.device, small: bool = False) -> Iterator[Bench
     for layer in layers:
         yield _forward(*layer, device)
         yield _backward(*layer, device)
+        if layer[-1]:  # with a residual, and of both branches or one
+            yield _joined(*layer[:-1], device)

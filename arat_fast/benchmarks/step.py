@@ -11,7 +11,8 @@ already. A ratio is the median over the turns of the baseline's time by the vari
     strong           the same under bf16 autocast (where bf16 is fast), channels-last
     strong-compiled  and its network compiled, parameters frozen during the attack
     fast             TrainStep, as the trainer builds it for this device
-    fast-no-X        fast without one ingredient: capture (as a CUDA graph), compile, bf16
+    fast-no-X        fast without one ingredient: capture (as a CUDA graph), compile, bf16, join (adding
+                     gradients in BatchNorm's backward)
     fast-guarded     fast, undoing iterations that are not finite, as the trainer does
     eager-running    eager, attacking running statistics; another attack, so ratios are among its own
     fast-folded      fast, attacking running statistics folded into the convolutions

@@ -65,7 +65,7 @@ def variant_names(setting: Setting, device: torch.device, chosen: str = "") -> l
     names += ["strong-compiled"] if compiled else []
     names += [RUNNING, "fast-folded"]
     names += ["fast-no-capture"] if device.type == "cuda" else []
-    names += ["fast-no-compile"] if compiled else []
+    names += ["fast-no-compile", "fast-no-join"] if compiled else []
     names += ["fast-no-bf16"] if low else []
     names += ["fast-guarded"]
     if not chosen:
@@ -157,6 +157,7 @@ def _fast(setting: Setting, device: torch.device, variant: str) -> Iteration:
         attack=attack_of(setting, variant),
         precision="fp32" if variant == "fast-no-bf16" else setting.precision,
         compiled=is_compiled(variant, setting, device),
+        joined=variant != "fast-no-join",
         capture=variant != "fast-no-capture",
         guard=variant == "fast-guarded",
     )

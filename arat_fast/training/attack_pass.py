@@ -66,9 +66,9 @@ class AttackPass:
         self.attacked = twin
         self.compiled_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
-    def compile(self) -> None:
-        """Compile the attack step; used where a call asks for it."""
-        self.compiled_gradient = compiled_pass(self.gradient)
+    def compile(self, joined: bool = True) -> None:
+        """Compile the attack step (see `compiled_pass`); used where a call asks for it."""
+        self.compiled_gradient = compiled_pass(self.gradient, joined)
 
     def set_radius(self, factor: float) -> None:
         """Scale eps and alpha of the settings, for a warm-up."""

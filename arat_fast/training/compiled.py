@@ -15,9 +15,12 @@ from arat_fast.training.joined_gradients import JoinedGradients
 RECOMPILE_LIMIT = 256
 
 
-def compiled_pass(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one graph, compiled when first called, for the shapes it gets; call it in `tracing()`."""
-    options = {"post_grad_custom_post_pass": JoinedGradients()}
+def compiled_pass(function: Callable[..., Any], joined: bool = True) -> Callable[..., Any]:
+    """`function` as one graph, compiled when first called, for the shapes it gets; call it in `tracing()`.
+
+    joined: let the backward of BatchNorm add the gradients that meet in front of it (`JoinedGradients`).
+    """
+    options: dict[str, Any] = {"post_grad_custom_post_pass": JoinedGradients()} if joined else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 

@@ -50,8 +50,8 @@ def _adds_alike(node: Any) -> bool:
         return False
     if len(node.users) != 1 or node.kwargs.get("alpha", 1) != 1:
         return False
-    values = [part.meta.get("val") if isinstance(part, fx.Node) else None for part in (node, *node.args)]
-    whole = values[0]
+    whole = node.meta["val"]
+    values = [whole, *(part.meta.get("val") if isinstance(part, fx.Node) else None for part in node.args)]
     return all(
         isinstance(value, Tensor)
         and value.dtype == whole.dtype

@@ -53,6 +53,7 @@ class TrainStep:
         precision: of convolutions and classifier; "auto" picks bf16 where it is fast. fp32 and tf32 compute
             in float32; which of the two is torch's own setting.
         compiled: use torch.compile on batches of the first batch's size; other sizes run eagerly.
+        joined: in compiled passes, let BatchNorm's backward add the two gradients of a block's output.
         capture: on a GPU, replay batches of the first batch's size as one CUDA graph; where that cannot be, a
             warning says why. Learning rates then become device tensors: change them by `fill_`.
         padding, flip: augmentation of uint8 batches.
@@ -80,6 +81,7 @@ class TrainStep:
         attack: AttackConfig,
         precision: Precision = "auto",
         compiled: bool = True,
+        joined: bool = True,
         capture: bool = True,
         padding: int = 4,
         flip: bool = True,
@@ -125,7 +127,7 @@ class TrainStep:
         self.guard: FiniteGuard | None = None
         self._guarded = guard
         self._begun = False
-        self._compile = compiled
+        self._compile, self._joined = compiled, joined
         self._capture = capture and self.device.type == "cuda" and world.size == 1
         self._make_graph: Callable[[], Graph] = CudaGraph
         self.captured: CapturedIteration | None = None
@@ -222,8 +224,8 @@ class TrainStep:
         self.guard = FiniteGuard(weights, others)
 
     def _compile_for(self, images: Tensor, labels: Tensor) -> None:
-        self.attack.compile()
-        self._compiled_forward = compiled_pass(self._training_forward)
+        self.attack.compile(self._joined)
+        self._compiled_forward = compiled_pass(self._training_forward, self._joined)
         self._compiled_for = labels.shape
 
     def _try_capture(self, inputs: tuple[Tensor, Tensor, Tensor | None], resident: bool) -> None:

@@ -72,8 +72,11 @@ def test_variants_are_those_that_differ_here() -> None:
     assert "fast-no-capture" not in names
     assert "fast-no-compile" not in names
     assert "fast-no-bf16" not in names
+    assert "fast-no-join" not in names
     low = Setting("resnet8", 4, 8, 1, "bf16", "on")
-    assert {"strong-compiled", "fast-no-compile", "fast-no-bf16"} <= set(variant_names(low, CPU))
+    assert {"strong-compiled", "fast-no-compile", "fast-no-join", "fast-no-bf16"} <= set(
+        variant_names(low, CPU)
+    )
     assert "fast-no-capture" in variant_names(TINY, torch.device("cuda"))
     assert variant_names(TINY, CPU, "fast-folded") == ["eager-running", "fast-folded"]
     assert variant_names(TINY, CPU, "eager-compiled, fast") == ["eager", "fast", "eager-compiled"]
