@@ -42,7 +42,9 @@ def block_size(on_gpu: int, numel: int) -> int:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one: Triton launches there."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    # A fake tensor may be on a GPU that is not there.
+    there = tensor.is_cuda and torch.cuda.is_initialized()
+    return torch.cuda.device(tensor.device) if there else nullcontext()
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
