@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,8 +36,10 @@ class Graph(Protocol):
 class CudaGraph:
     """`torch.cuda.CUDAGraph` on the current device."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Graph | None = None) -> None:
+        """`beside`: a graph that never runs at the same time, whose memory this one may use too."""
         self.graph = torch.cuda.CUDAGraph()
+        self.pool: Any = beside.pool if isinstance(beside, CudaGraph) else torch.cuda.graph_pool_handle()
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -50,7 +52,7 @@ class CudaGraph:
 
     def record(self, body: Callable[[], None]) -> None:
         """Capture into a private memory pool; what other threads do (a loader's) does not break it off."""
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
             body()
 
     def replay(self) -> None:

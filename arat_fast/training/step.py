@@ -39,6 +39,7 @@ from arat_fast.training.precision import (
 from arat_fast.training.taps import TapHooks
 
 log = logging.getLogger(__name__)
+MOST_GRAPHS = 2  # each holds buffers of its own
 
 
 class TrainStep:
@@ -54,8 +55,9 @@ class TrainStep:
             in float32; which of the two is torch's own setting.
         compiled: use torch.compile on batches of the first batch's size; other sizes run eagerly.
         joined: in compiled passes, let BatchNorm's backward add the two gradients of a block's output.
-        capture: on a GPU, replay batches of the first batch's size as one CUDA graph; where that cannot be, a
-            warning says why. Learning rates then become device tensors: change them by `fill_`.
+        capture: on a GPU, replay batches as one CUDA graph, one for each of the first two sizes: whole
+            batches, and the last of an epoch. Where that cannot be, a warning says why. Learning rates then
+            become device tensors: change them by `fill_`.
         padding, flip: augmentation of uint8 batches.
         seed: of crops and attack starts.
         world: the processes that share every batch: gradients are averaged over them, each draws attack
@@ -129,8 +131,8 @@ class TrainStep:
         self._begun = False
         self._compile, self._joined = compiled, joined
         self._capture = capture and self.device.type == "cuda" and world.size == 1
-        self._make_graph: Callable[[], Graph] = CudaGraph
-        self.captured: CapturedIteration | None = None
+        self._make_graph: Callable[[Graph | None], Graph] = CudaGraph
+        self.captured: list[CapturedIteration] = []
         self._compiled_for: torch.Size | None = None
         self._compiled_forward = self._training_forward
         self._averaged = averaged_over_ranks(self.twin.module, method, world)
@@ -160,11 +162,14 @@ class TrainStep:
         if x_adv is not None:
             return self._iterate(images, labels, indices, resident, x_adv)
         inputs = (images, labels, indices)
-        if self._capture and self.captured is None:
+        fitting = self._fitting(inputs)
+        if fitting is None and self._capture and len(self.captured) < MOST_GRAPHS:
             self._try_capture(inputs, resident)
-        if self.captured is not None and self.captured.fits(inputs):
-            return self.captured(inputs)
-        return self._iterate(images, labels, indices, resident)
+            fitting = self._fitting(inputs)
+        return self._iterate(images, labels, indices, resident) if fitting is None else fitting(inputs)
+
+    def _fitting(self, inputs: tuple[Tensor, Tensor, Tensor | None]) -> CapturedIteration | None:
+        return next((captured for captured in self.captured if captured.fits(inputs)), None)
 
     def is_compiled(self, count: int) -> bool:
         """Whether batches of `count` images run compiled."""
@@ -229,24 +234,27 @@ class TrainStep:
         self._compiled_for = labels.shape
 
     def _try_capture(self, inputs: tuple[Tensor, Tensor, Tensor | None], resident: bool) -> None:
-        """Record this batch's iteration; on failure warn and run uncaptured from here on."""
-        self._capture = False  # one try
+        """Record this batch's iteration; on failure warn, and record no other."""
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
         try:
             make_capturable(self.optimizer, self.device)
-            self.captured = CapturedIteration(
+            captured = CapturedIteration(
                 lambda images, labels, indices: self._iterate(images, labels, indices, resident),
                 inputs,
                 (resident, False, False),
                 self.state,
-                self._make_graph(),
+                self._make_graph(self.captured[0].graph if self.captured else None),
             )
-        except CannotCapture as reason:
-            log.warning("training without a CUDA graph: %s", reason)
+            self.captured.append(captured)
+            return
+        except CannotCapture as refusal:
+            reason = str(refusal)
         except RuntimeError as error:
-            first = str(error).split("\n")[0]
-            log.warning("training without a CUDA graph: capture failed: %s", first)
+            reason = "capture failed: " + str(error).split("\n")[0]
+        self._capture = False
+        which = f"batches of {len(inputs[1])} images" if self.captured else "training"
+        log.warning("%s without a CUDA graph: %s", which, reason)
 
     def _iterate(
         self,

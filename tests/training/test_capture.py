@@ -22,8 +22,8 @@ from arat_fast.training.step import TrainStep
 class ReplayedByHand:
     """A graph for machines without CUDA: a replay runs the recorded body again."""
 
-    def __init__(self) -> None:
-        self.replays = 0
+    def __init__(self, beside: object = None) -> None:
+        self.beside, self.replays = beside, 0
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -103,9 +103,8 @@ def assert_same_training(device: str, resident: bool, one: TrainStep, other: Tra
 def test_replays_train_as_plain_iterations_do(resident: bool, guard: bool) -> None:
     plain, graph = build("cpu", guard=guard), captured(build("cpu", guard=guard))
     assert_same_training("cpu", resident, plain, graph)
-    assert graph.captured is not None
-    assert isinstance(graph.captured.graph, ReplayedByHand)
-    assert graph.captured.graph.replays == 4  # the partial batches ran outside
+    # Whole batches and the last one of an epoch, each with a graph of its own.
+    assert [captured.graph.replays for captured in graph.captured] == [4, 2]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("graph", [ReplayedByHand, FailsToRecord])
@@ -126,8 +125,11 @@ def test_warm_up_leaves_no_trace(
     assert momenta
     assert not any(bool(m.any()) for m in momenta)
     if graph is FailsToRecord:
-        assert step.captured is None
-        assert "capture failed: operation not permitted when stream is capturing" in caplog.text
+        assert not step.captured
+        assert (
+            "training without a CUDA graph: capture failed: operation not permitted when stream is capturing"
+            in caplog.text
+        )
     momenta[0].fill_(3.0)
     step._try_capture((images[rows], labels[rows], rows), resident=False)
     assert bool((momenta[0] == 3).all())
@@ -138,7 +140,7 @@ def test_an_optimizer_that_cannot_be_captured_falls_back(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         assert_same_training("cpu", False, plain, fallen)
     assert caplog.text.count("training without a CUDA graph: SGD reads its learning rate on the host") == 1
-    assert fallen.captured is None
+    assert not fallen.captured
 
 
 def test_a_learning_rate_that_is_a_tensor_is_obeyed() -> None:
@@ -165,9 +167,20 @@ def test_wrong_batches_are_refused_and_other_sizes_run_outside() -> None:
     with pytest.raises(ValueError, match=r"expected int64 \(8,\)"):
         step(images, labels[:4], rows, resident=True)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(step), strict=True))
-    assert step.captured is not None
-    step(images[:6], labels[:6], rows[:6])
-    assert step.captured.graph.replays == 1  # type: ignore[attr-defined]
+    for count in (6, 5, 5):
+        step(images[:count], labels[:count], rows[:count])
+    assert [captured.graph.replays for captured in step.captured] == [1, 1]  # type: ignore[attr-defined]
+
+
+def test_a_second_size_that_cannot_be_captured_leaves_the_first_graph(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain, step = build("cpu"), captured(build("cpu"))
+    step._make_graph = lambda beside: ReplayedByHand() if beside is None else FailsToRecord()
+    with caplog.at_level(logging.WARNING):
+        assert_same_training("cpu", False, plain, step)
+    assert caplog.text.count("batches of 6 images without a CUDA graph: capture failed") == 1
+    assert [captured.graph.replays for captured in step.captured] == [4]  # type: ignore[attr-defined]
 
 
 @pytest.mark.gpu
@@ -178,7 +191,7 @@ def test_cuda_graph_trains_as_plain_iterations_do(precision: str, resident: bool
     plain = build("cuda", capture=False, precision=precision)
     graph = build("cuda", guard=True, precision=precision, compiled=compiled)
     first, second = (train(step, "cuda", resident) for step in (plain, graph))
-    assert graph.captured is not None
+    assert len(graph.captured) == 2
     # Signs of near-zero gradients may flip, and with them pixels: losses agree, weights nearly.
     tolerance = 1e-3 if precision == "fp32" else 5e-2
     for a, b in zip(first, second, strict=True):
