@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from arat_fast.errors import StopRequested, TrainingError, UserError, unknown_name
 
@@ -30,7 +31,8 @@ def usage() -> str:
         "usage: arat-fast COMMAND [OPTIONS]\n\n"
         "Fast adversarial training on one GPU: ARAT and the methods it is compared with.\n\n"
         f"commands:\n{lines}\n\n"
-        "`arat-fast COMMAND --help` lists a command's options. First try:\n"
+        "`arat-fast COMMAND --help` lists a command's options, `arat-fast --version` says which this is. "
+        "First try:\n"
         "  arat-fast train --config digits\n"
     )
 
@@ -43,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"arat-fast {version('arat-fast')}")
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     name, *rest = arguments
     try:

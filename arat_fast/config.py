@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -265,7 +265,8 @@ class TrainConfig:
     validation: Optional = 0
     """Training images held out for validation, chosen by the seed; 0: none, as the paper."""
     limit_train: Optional = 0
-    """Use only the first N training images, and N test images at the end; 0: all."""
+    """Use only the first N training images; of the test images at the end as many, unless
+    --evaluation.limit says how many; 0: all."""
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     """Seed of weights, batches, crops and attack starts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -331,11 +332,22 @@ _ATTACK_ADAPTER = TypeAdapter(AttackConfig)
 def checked_attack(attack: AttackConfig) -> AttackConfig:
     """The attack, its names and ranges checked as a run's are. Raises ValueError naming the field."""
     try:
-        return _ATTACK_ADAPTER.validate_python(dataclasses.asdict(attack))
+        checked = _ATTACK_ADAPTER.validate_python(dataclasses.asdict(attack))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"attack.{name} is {first['input']!r}: {first['msg']}") from None
+    _check_radius("attack", checked)
+    return checked
+
+
+def _check_radius(name: str, attack: AttackConfig | EvaluationConfig) -> None:
+    """Raise ValueError for a Linf ball that holds every image: a radius in units of 1/255, most likely."""
+    if attack.norm == "Linf" and attack.eps > 1:
+        raise ValueError(
+            f"{name}.eps = {attack.eps:g}: pixels are in [0, 1], and a Linf radius is at most 1; write 8/255 "
+            "for 8 of 255"
+        )
 
 
 def resolved_attack(attack: AttackConfig, method: str) -> AttackConfig:
@@ -356,6 +368,17 @@ def published_mail(mail: MAILConfig, method: str) -> MAILConfig:
         mail,
         slope=slope if mail.slope is None else mail.slope,
         bias=bias if mail.bias is None else mail.bias,
+    )
+
+
+def with_published_choices(config: TrainConfig) -> TrainConfig:
+    """The configuration with attack and margin back at "auto" and None, for `resolved` to choose them for
+    another method.
+    """
+    return dataclasses.replace(
+        config,
+        attack=dataclasses.replace(config.attack, loss="auto", start="auto", bn="auto"),
+        mail=dataclasses.replace(config.mail, slope=None, bias=None),
     )
 
 
@@ -383,12 +406,18 @@ def validated(values: Mapping[str, Any] | TrainConfig, source: str = "configurat
         values = dataclasses.asdict(values)
     _check_names(TrainConfig, values, source)
     try:
-        return _ADAPTER.validate_python(values)
+        config = _ADAPTER.validate_python(values)
     except ValidationError as error:
         problems = [
             f"{'.'.join(str(part) for part in e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()
         ]
         raise UserError(f"{source}: " + "; ".join(problems)) from None
+    try:
+        _check_radius("attack", config.attack)
+        _check_radius("evaluation", config.evaluation)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    return config
 
 
 def _check_names(cls: type, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
@@ -402,12 +431,51 @@ def _check_names(cls: type, values: Mapping[str, Any], source: str, prefix: str 
         nested = fields[key].default_factory
         if isinstance(nested, type) and dataclasses.is_dataclass(nested):
             _check_names(nested, value, source, f"{prefix}{key}.")
+        elif fields[key].type != "bool" and _holds_bool(value):  # pydantic would take `true` for 1
+            raise UserError(
+                f"{source}: {prefix}{key} = {value!r}: expected no boolean (in YAML, yes and on are)"
+            )
+
+
+def _holds_bool(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_bool, value)))
 
 
 def recipe_names() -> list[str]:
     """Names that `--config` takes, sorted."""
     folder = resources.files("arat_fast") / "recipes"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings give a key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        _check_unique([str(key.value) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_unique([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _check_unique(keys: list[str]) -> None:
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} is given twice")
+
+
+def _parsed(text: str, name: str) -> Any:
+    """The values of a YAML or JSON text. Raises UserError that names the file and its format."""
+    is_json = name.endswith(".json")
+    try:
+        if is_json:
+            return json.loads(text, object_pairs_hook=_unique_pairs)
+        return yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} is not valid {'JSON' if is_json else 'YAML'}: {reason}") from None
 
 
 def load_recipe(name_or_file: str) -> TrainConfig:
@@ -420,15 +488,16 @@ def load_recipe(name_or_file: str) -> TrainConfig:
         text = (resources.files("arat_fast") / "recipes" / f"{name_or_file}.yaml").read_text()
     elif Path(name_or_file).suffix in (".yaml", ".yml", ".json"):
         try:
-            text = Path(name_or_file).read_text()
+            text = Path(name_or_file).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read the recipe file {name_or_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{name_or_file} is no UTF-8 text: save it as UTF-8, or restore a copy") from None
     else:
         raise unknown_name("recipe", name_or_file, recipe_names())
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{name_or_file} is not valid YAML: {error}") from None
+    values = None if not text.strip() else _parsed(text, name_or_file)
+    if values is None or values == {}:  # not the defaults of another data set and network
+        raise UserError(f"{name_or_file} is empty: name at least the method, or restore a copy of the file")
     return validated(values, name_or_file)
 
 

@@ -35,6 +35,7 @@ def test_help_names_the_commands_and_costs_no_import() -> None:
     assert result.returncode == 0
     assert all(name in result.stdout for name in ("train", "evaluate", "env", "--config digits"))
     assert time.perf_counter() - started < 5
+    assert arat_fast("--version").stdout.startswith("arat-fast 0.")
     train = arat_fast("train", "--help")
     assert train.returncode == 0
     for flag in (
@@ -133,6 +134,10 @@ def test_real_cifar10_on_a_cpu(cifar_root: Path, tmp_path: Path) -> None:
         (["evaluate", "nowhere"], ["nowhere is no run directory"]),
         (["evaluate", ".", "--attacks", "pgd20,autoatack"], ["unknown attack 'autoatack'", "autoattack"]),
         (["evaluate"], ["Missing from arat-fast evaluate"]),
+        (["bench", "doctor", "--config", "digits", "--repeats", "0"], ["--repeats is 0"]),
+        (["bench", "doctor", "--config", "digits", "--loader", "foo"], ["loader = 'foo'"]),
+        (["bench", "doctor", "--config", "digits", "--batch-size", "-1"], ["batch_size = -1"]),
+        (["bench", "step", "--prepared", "absent.json"], ["--prepared absent.json", "--prepare"]),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_clear_message(arguments: list[str], parts: list[str], tmp_path: Path) -> None:

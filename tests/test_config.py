@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from arat_fast.config import (
+    AttackConfig,
     TrainConfig,
+    checked_attack,
     load_recipe,
     recipe_names,
     resolved,
     save_json,
     to_mapping,
     validated,
+    with_published_choices,
 )
 from arat_fast.errors import UserError
 from arat_fast.pixels import format_pixels, parse_pixels
@@ -81,6 +84,11 @@ def test_wrong_pixel_quantities(text: str) -> None:
         ({"method": "arta"}, "method = 'arta'"),
         ({"arat": {"gamma": -1}}, "arat.gamma"),
         ({"momentum": 1.0}, "less than 1"),
+        ({"seed": True}, "seed = True: expected no boolean"),
+        ({"arat": {"gamma": False}}, "arat.gamma = False: expected no boolean"),
+        ({"drops": [20, True]}, "expected no boolean"),
+        ({"attack": {"eps": 8}}, "attack.eps = 8: pixels are in [0, 1]"),
+        ({"evaluation": {"eps": "1.5"}}, "write 8/255"),
     ],
 )
 def test_wrong_values_name_the_key_and_what_was_expected(values: dict, message: str) -> None:
@@ -103,6 +111,48 @@ def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     with pytest.raises(UserError, match="must map names"):
         load_recipe(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize("content", ["", "# a comment\n", "null", "{}"])
+@pytest.mark.parametrize("name", ["mine.yaml", "config.json"])
+def test_an_empty_file_is_not_the_defaults(content: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    message = "is not valid JSON" if "#" in content and name.endswith("json") else "is empty"
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty-list.json", b"[]", "must map names"),
+        ("twice.yaml", b"epochs: 3\nseed: 1\nepochs: 4\n", "'epochs' is given twice"),
+        ("nested.yaml", b"attack:\n  steps: 3\n  steps: 4\n", "'steps' is given twice"),
+        ("twice.json", b'{"epochs": 3, "epochs": 4}', "'epochs' is given twice"),
+        ("cut.json", b'{"epochs": 3, "se', "is not valid JSON"),
+        ("broken.yaml", b"attack: [1, 2", "is not valid YAML"),
+        ("latin.yaml", b"model: r\xe9seau\n", "no UTF-8 text"),
+        ("latin.json", b'{"model": "r\xe9seau"}', "no UTF-8 text"),
+    ],
+)
+def test_damaged_files_get_one_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_an_l2_radius_may_exceed_one() -> None:
+    assert validated({"attack": {"eps": 1.5, "norm": "L2"}}).attack.eps == 1.5
+    with pytest.raises(ValueError, match=r"attack\.eps = 8"):
+        checked_attack(AttackConfig(eps=8))
+
+
+def test_another_method_gets_its_own_attack_and_margin() -> None:
+    recorded = resolved(validated({"method": "mail-at", "attack": {"steps": 3}}))
+    freed = dataclasses.replace(with_published_choices(recorded), method="mail-trades")
+    assert resolved(freed) == resolved(validated({"method": "mail-trades", "attack": {"steps": 3}}))
 
 
 def test_mapping_writes_pixels_as_fractions() -> None:

@@ -93,6 +93,74 @@ def test_a_damaged_run_hides_no_other(folder: Path, capsys: pytest.CaptureFixtur
     assert "complete" in table
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "null", "{", '{"arat": 5}', '{"arat": {}}', '{"arat": {"clean": 0.9}}',
+        '{"arat": {"clean": 0.9, "n": 0}}', '{"arat": {"clean": "0.9", "n": 40}}',
+        '{"arat": {"clean": NaN, "n": 40}}', '{"arat": {"clean": 0.9, "n": true}}',
+    ],
+)  # fmt: skip
+def test_damaged_results_are_left_out(
+    text: str, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = folder / "done"
+    (run / "results.json").write_text(text)
+    assert main(["runs", str(folder), "--json"]) == 0
+    described = {Path(r["run"]).name: r for r in json.loads(capsys.readouterr().out)}
+    assert (described["done"]["state"], described["done"]["results"]) == ("complete", {})
+    assert described["stopped"]["state"] == "stopped"
+    assert "results.json is damaged and is left out" in caplog.text
+    assert main(["compare", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["figures"] == {}
+
+
+@pytest.mark.parametrize("damage", ["[]", "5", '{"epoch": 1}', '{"epoch": "1", "loss": 1}', None])
+def test_damaged_metrics_make_a_run_unreadable(
+    damage: str | None, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = folder / "done" / "metrics.jsonl"
+    metrics.unlink()
+    if damage is None:
+        metrics.mkdir()
+    else:
+        metrics.write_text(damage + "\n")
+    assert main(["runs", str(folder), "--json"]) == 0
+    states = {Path(r["run"]).name: r["state"] for r in json.loads(capsys.readouterr().out)}
+    assert states == {"done": "unreadable", "stopped": "stopped"}
+    assert main(["compare", str(folder / "done")]) == 2
+    assert "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_config_of_other_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "done" / "config.json").write_bytes(b"\xff\xfe{}")
+    for command in ("compare", "evaluate"):
+        assert main([command, str(folder / "done")]) == 2
+        assert "config.json is no UTF-8 text" in capsys.readouterr().err
+    assert main(["runs", str(folder)]) == 0
+    assert "unreadable" in capsys.readouterr().out
+
+
+def test_whose_figures_results_json_holds(
+    tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path
+) -> None:
+    """Of the folder above a run has figures only where `train --with-standard` put it there."""
+
+    def results(place: Path) -> object:
+        return describe_run(RunDirectory(place))["results"]
+
+    outer, standard = tmp_path / "outer", dataclasses.replace(tiny_config, method="standard")
+    places = {outer: tiny_config, outer / "standard": standard, outer / "again": tiny_config,
+              outer / "other": standard}  # fmt: skip
+    for place, config in places.items():
+        Trainer(config, digits[0], place).directory.release()
+    both = {"arat": {"clean": 0.5, "n": 40}, "standard": {"clean": 0.75, "n": 40}}
+    (outer / "results.json").write_text(json.dumps(both))
+    assert [results(place) for place in places] == [{"clean": 0.5}, {"clean": 0.75}, {}, {}]
+    (outer / "results.json").write_text(json.dumps({"standard": both["standard"]}))
+    assert results(outer / "standard") == {}
+
+
 def test_resuming_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--run-dir", str(tmp_path / "none"), "--resume"]) == 2
     assert "holds no run to resume; to start one there, say which: --config NAME" in capsys.readouterr().err

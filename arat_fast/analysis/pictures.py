@@ -157,8 +157,8 @@ def margin_distribution(data: Data, folder: Path) -> list[Path]:
 
 def _edges(low: float, high: float, bins: int) -> list[float]:
     """Edges of about as many bins of one width from low to high, one of them at 0."""
-    width = (high - low) / bins
-    return [width * k for k in range(math.floor(low / width), math.ceil(high / width) + 1)]
+    width = (high - low) / bins or 1.0  # all values alike: one bin
+    return [width * k for k in range(math.floor(low / width), math.floor(high / width) + 2)]
 
 
 def tradeoff(data: Mapping[str, Sequence[Any]], folder: Path) -> list[Path]:

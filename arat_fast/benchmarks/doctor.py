@@ -23,7 +23,8 @@ from arat_fast.benchmarks.ceilings import measure_ceilings
 from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.profiling import Profile, format_profile, profiled
 from arat_fast.benchmarks.timing import seconds_of, synchronise
-from arat_fast.config import load_recipe
+from arat_fast.config import load_recipe, validated
+from arat_fast.errors import UserError
 from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.loaders import sources
 from arat_fast.loaders.stream import Batch
@@ -151,7 +152,9 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
     config = load_recipe(options.config)
     given = ("data_root", "batch_size", "loader", "workers", "limit_train")
     changes = {name: getattr(options, name) for name in given if getattr(options, name) not in (None, 0)}
-    config = dataclasses.replace(config, **changes)
+    if options.repeats < 1:
+        raise UserError(f"--repeats is {options.repeats}; expected at least 1")
+    config = validated(dataclasses.replace(config, **changes), "bench doctor")
     use_threads(config.threads)
     train, _ = sources.load(config.dataset, config.data_root, config.image_size)
     with tempfile.TemporaryDirectory() as folder:

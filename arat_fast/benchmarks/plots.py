@@ -254,12 +254,23 @@ def _marker(shape: str, fill: str) -> dict[str, Any]:
     }
 
 
+# Benchmarks that have pictures, and what their records must hold.
+PICTURED = {
+    "step": {"conditions", "variants"},
+    "attack": {"conditions", "variants"},
+    "kernels": {"conditions", "results"},
+}
+
+
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """Every picture that the records have the figures for; returns the files, PDF and PNG.
 
     Raises UserError where matplotlib is missing, TrainingError for a full disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from None
     paths: list[Path] = []
     steps: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -291,9 +302,13 @@ def main(arguments: Sequence[str]) -> int:
     records = []
     for path in options.records:
         try:
-            records.append(json.loads(path.read_text()))
+            record = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the record {path}: {error}") from None
+        kind = record.get("benchmark") if isinstance(record, dict) else None
+        if kind not in PICTURED or not PICTURED[kind] <= record.keys():
+            raise UserError(f"{path} is no record of `arat-fast bench {' or '.join(PICTURED)}` --json")
+        records.append(record)
     for path in draw(records, options.out):
         print(path)
     return 0

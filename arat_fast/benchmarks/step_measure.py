@@ -34,6 +34,7 @@ from arat_fast.benchmarks.step_variants import (
     variant_names,
 )
 from arat_fast.benchmarks.timing import ratio, take_turns
+from arat_fast.errors import UserError
 from arat_fast.training.build import check_model, pick_device, use_threads
 from arat_fast.training.precision import resolve_precision
 
@@ -79,13 +80,21 @@ def prepare(options: StepOptions, caches: Path) -> dict[str, Any]:
     }
 
 
+def _prepared(file: Path) -> dict[str, Any]:
+    try:
+        variants = json.loads(file.read_text())["variants"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--prepared {file}: {error}; give what --prepare wrote into --json") from None
+    return dict(variants)
+
+
 def measure(options: StepOptions) -> dict[str, Any]:
     """The record: `conditions`, and `variants` by name. Raises TrainingError when variants disagree."""
     with contextlib.ExitStack() as stack:
         caches = options.caches or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         begun: dict[str, Any] = {}
         if options.prepared is not None:
-            begun = json.loads(options.prepared.read_text())["variants"]
+            begun = _prepared(options.prepared)
         elif options.memory:
             begun = prepare(options, caches)["variants"]
         use_caches(caches / "all")

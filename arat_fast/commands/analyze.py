@@ -109,6 +109,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(
             f"--limit is {options.limit} and --batches {options.batches}; expected at least 0 and 1"
         )
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}; expected at least 0")
     names = _chosen(options.what)
     configs = [RunDirectory(run).config() for run in options.runs]
     wanted = [

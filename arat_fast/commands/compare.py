@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,8 @@ from arat_fast.errors import UserError
 from arat_fast.evaluation.accuracy import binomial_error
 from arat_fast.evaluation.results import PGD, sha256_of
 from arat_fast.pixels import format_pixels
-from arat_fast.training.directory import RunDirectory
+from arat_fast.training.checkpoint import load_checkpoint
+from arat_fast.training.directory import RunDirectory, is_figure
 
 log = logging.getLogger(__name__)
 Figures = dict[str, dict[str, Any]]
@@ -30,7 +31,8 @@ class CompareOptions:
     """Show runs side by side: accuracy with its 95 % binomial error, images/s, hours.
 
     Accuracies are those of the end of training (results.json) and of evaluation records (`arat-fast evaluate
-    RUN --json RUN/NAME.json`) of the run's present checkpoint; "-" where none was measured.
+    RUN --json RUN/NAME.json`) of the run's present checkpoint, default weights and own ball and attack; "-"
+    where none was measured.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -42,50 +44,108 @@ class CompareOptions:
 
 
 def _summary_figures(directory: RunDirectory, config: TrainConfig) -> Figures:
-    """Figures of results.json, beside the run or above it where two were trained together."""
-    for place in (directory.path, directory.path.parent):
-        file = place / "results.json"
-        record = _read(file)
-        # Of the folder above only what belongs to this run: it may hold several methods' figures.
-        if place != directory.path and not (place / "config.json").is_file():
-            return {}
-        if isinstance(record, dict) and isinstance(record.get(config.method), dict):
-            if directory.last.is_file() and directory.last.stat().st_mtime > file.stat().st_mtime:
-                log.warning("%s was trained on after %s was written", directory.path, file)
-            figures = dict(record[config.method])
-            count = int(figures.pop("n"))
-            return {
-                name: {"accuracy": value, "n": count, "error_95": binomial_error(value, count)}
-                for name, value in figures.items()
-            }
-    return {}
+    """Figures of results.json, of the end of training."""
+    figures = directory.results(config.method)
+    if not figures:
+        return {}
+    file = directory.results_file(config.method)
+    if directory.last.is_file() and directory.last.stat().st_mtime > file.stat().st_mtime:
+        log.warning("%s was trained on after %s was written", directory.path, file)
+    count = int(figures.pop("n"))
+    return {
+        name: {"accuracy": value, "n": count, "error_95": binomial_error(value, count)}
+        for name, value in figures.items()
+    }
 
 
 def _read(file: Path) -> Any:
-    if not file.is_file():
-        return None
     try:
         return json.loads(file.read_text())
-    except ValueError:
+    except (OSError, ValueError):
         log.warning("%s is not JSON and is left out", file)
         return None
 
 
-def _record_figures(directory: RunDirectory) -> Figures:
-    """Figures of the evaluation records in the run's folder, those on more images first choice."""
+def _default_weights(directory: RunDirectory, config: TrainConfig) -> str:
+    """The weights that `evaluate` measures unless told otherwise."""
+    # Only a run that averages can have an SWA: no other checkpoint is read.
+    if not config.averaging.swa_start:
+        return "last"
+    return "swa" if "swa" in load_checkpoint(directory.last)["recalibrated"] else "last"
+
+
+def _conditions(name: str, config: TrainConfig) -> dict[str, object]:
+    """What a figure of this name holds for when `evaluate` is not told otherwise; nothing for clean ones."""
+    settings = config.evaluation
+    ball: dict[str, object] = {"eps": format_pixels(settings.eps), "norm": settings.norm}
+    if (match := PGD.fullmatch(name)) is not None:
+        loss = "margin" if match[2] else "ce"
+        return ball | {"alpha": format_pixels(settings.alpha), "loss": loss, "restarts": 1}
+    return ball if name.startswith("autoattack") else {}
+
+
+def _difference(found: Mapping[str, Any], expected: Mapping[str, object]) -> str:
+    """`eps 0.01, not 0.12`; empty where nothing differs. What is not recorded is taken as expected."""
+    return ", ".join(
+        f"{key} {found[key]}, not {value}"
+        for key, value in expected.items()
+        if key in found and found[key] != value
+    )
+
+
+def _are_figures(figures: object) -> bool:
+    return isinstance(figures, dict) and all(
+        isinstance(f, dict) and is_figure(f.get("accuracy"), f.get("n")) for f in figures.values()
+    )
+
+
+def _record_figures(directory: RunDirectory, config: TrainConfig) -> Figures:
+    """Figures of the evaluation records in the run's folder, those on more images first choice.
+
+    Only those of the weights, ball and attack that the run's configuration names: figures of other conditions
+    would stand under one title with them.
+    """
+    records = _present_records(directory)
+    if not records:
+        return {}
+    weights = _default_weights(directory, config)
     figures: Figures = {}
-    digests = {path.name: sha256_of(path) for path in (directory.last, directory.best) if path.is_file()}
-    for file in sorted(directory.path.glob("*.json")):
+    for file, record in records.items():
+        if record.get("weights", weights) != weights:
+            log.warning("%s is left out: weights %s, not %s", file, record["weights"], weights)
+        else:
+            _add(figures, record["figures"], file, config)
+    return figures
+
+
+def _present_records(directory: RunDirectory) -> dict[Path, dict[str, Any]]:
+    """Evaluation records of last.pt as it is now, by file."""
+    found = {}
+    digest = sha256_of(directory.last) if directory.last.is_file() else None
+    for file in sorted(set(directory.path.glob("*.json")) - {directory.path / "results.json"}):
         record = _read(file)
         if not (isinstance(record, dict) and "figures" in record and "checkpoint_sha256" in record):
             continue
-        if record["checkpoint_sha256"] != digests.get(record["checkpoint"]):
-            log.warning("%s was measured on another checkpoint and is left out", file)
-            continue
-        for name, figure in record["figures"].items():
-            if name not in figures or figure["n"] > figures[name]["n"]:
-                figures[name] = figure
-    return figures
+        if not _are_figures(record["figures"]):
+            log.warning("%s is a damaged record and is left out", file)
+        elif record["checkpoint_sha256"] != digest:
+            of = record.get("checkpoint")
+            log.warning("%s is left out: measured on another checkpoint (%s) than last.pt is now", file, of)
+        else:
+            found[file] = record
+    return found
+
+
+def _add(figures: Figures, measured: Figures, file: Path, config: TrainConfig) -> None:
+    """Add one record's figures of the run's own conditions; one warning names the others."""
+    differences = []
+    for name, figure in measured.items():
+        if difference := _difference(figure, _conditions(name, config)):
+            differences.append(f"{name} ({difference})")
+        elif name not in figures or figure["n"] > figures[name]["n"]:
+            figures[name] = figure | {"error_95": binomial_error(figure["accuracy"], figure["n"])}
+    if differences:
+        log.warning("%s: left out: %s", file, "; ".join(differences))
 
 
 def compared_run(directory: RunDirectory) -> dict[str, Any]:
@@ -93,7 +153,7 @@ def compared_run(directory: RunDirectory) -> dict[str, Any]:
     config = directory.config()
     lines = directory.metrics()
     figures = _summary_figures(directory, config)
-    for name, figure in _record_figures(directory).items():
+    for name, figure in _record_figures(directory, config).items():
         if name not in figures or figure["n"] >= figures[name]["n"]:
             figures[name] = figure
     return {

@@ -14,9 +14,10 @@ import tyro
 from arat_fast.analysis.run import description
 from arat_fast.commands.table import accuracy_table
 from arat_fast.config import Pixels
+from arat_fast.errors import UserError
 from arat_fast.evaluation.network import load_run
 from arat_fast.evaluation.record import check_writable, write_json
-from arat_fast.evaluation.results import EvaluationOptions, check_attacks, evaluate_run
+from arat_fast.evaluation.results import EvaluationOptions, check_attacks, check_options, evaluate_run
 from arat_fast.evaluation.sanity import sanity_checks
 from arat_fast.loaders import sources
 from arat_fast.training.build import pick_device, use_threads
@@ -64,6 +65,13 @@ class EvaluateOptions:
     """Write the full record to this file."""
 
 
+def _check_sanity(options: EvaluateOptions) -> None:
+    """Raise UserError for a flag that the four checks, which set their own attacks, would not heed."""
+    for name in ("attacks", "restarts", "seed", "batch_size"):
+        if getattr(options, name) != getattr(EvaluateOptions, name):
+            raise UserError(f"--sanity sets its own attacks; leave --{name.replace('_', '-')} out")
+
+
 def _sanity(options: EvaluateOptions) -> int:
     device = pick_device(options.device)
     trained = load_run(options.run, device, options.weights)
@@ -94,21 +102,18 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(EvaluateOptions, args=list(arguments), prog="arat-fast evaluate")
     check_writable(options.json)
+    shared = {f.name for f in dataclasses.fields(EvaluationOptions)} & set(vars(options))
+    how = EvaluationOptions(**{name: getattr(options, name) for name in shared})
+    check_options(how)
     if options.sanity:
+        _check_sanity(options)
         return _sanity(options)
     attacks = [name.strip() for name in options.attacks.split(",") if name.strip()]
     check_attacks(attacks)
     config = RunDirectory(options.run).config()
     use_threads(config.threads)
     _, test = sources.load(config.dataset, options.data_root or config.data_root, config.image_size)
-    shared = {f.name for f in dataclasses.fields(EvaluationOptions)} & set(vars(options))
-    record = evaluate_run(
-        options.run,
-        test,
-        attacks,
-        device=pick_device(options.device),
-        options=EvaluationOptions(**{name: getattr(options, name) for name in shared}),
-    )
+    record = evaluate_run(options.run, test, attacks, device=pick_device(options.device), options=how)
     print(accuracy_table({description(config): record}))
     if options.json is not None:
         write_json(options.json, record)

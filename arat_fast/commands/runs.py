@@ -46,12 +46,6 @@ def describe_run(directory: RunDirectory) -> dict[str, object]:
         state = "complete"
     else:
         state = "failed" if (directory.path / LAST_GOOD).exists() else "stopped"
-    results: dict[str, float] = {}
-    for place in (directory.path, directory.path.parent):
-        file = place / "results.json"
-        if file.is_file():
-            results = json.loads(file.read_text()).get(config.method, {})
-            break
     return {
         "run": str(directory.path),
         "method": config.method,
@@ -62,7 +56,7 @@ def describe_run(directory: RunDirectory) -> dict[str, object]:
         "epoch": done,
         "epochs": config.epochs,
         "loss": lines[-1]["loss"] if lines else None,
-        "results": {k: v for k, v in results.items() if k != "n"},
+        "results": {k: v for k, v in directory.results(config.method).items() if k != "n"},
     }
 
 
@@ -70,7 +64,7 @@ def _described_or_unreadable(path: Path) -> dict[str, object]:
     """One damaged run does not hide the others."""
     try:
         return describe_run(RunDirectory(path))
-    except (UserError, ValueError, KeyError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s: %s", path, " ".join(str(error).split())[:200])
         unknown = dict.fromkeys(("method", "label", "model", "dataset", "epoch", "epochs"), "?")
         return {"run": str(path), **unknown, "state": "unreadable", "loss": None, "results": {}}

@@ -31,7 +31,10 @@ def title(figure: str) -> str:
 
 
 def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a run: accuracies in percent with their 95 % binomial error, images/s, and the run's folder."""
+    """A row a run: accuracies in percent with their 95 % binomial error, images/s, and the run's folder.
+
+    Below it: the ball, the weights and the number of images.
+    """
     names: list[str] = []
     for evaluation in evaluations.values():
         names += [name for name in evaluation["figures"] if name not in names]
@@ -48,6 +51,15 @@ def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
             )
         speed = evaluation["images_per_second"]
         rows.append([label, *cells, "-" if speed is None else f"{speed:,.0f}", str(evaluation["run"])])
-    counts = {figure["n"] for evaluation in evaluations.values() for figure in evaluation["figures"].values()}
-    note = f"n = {', '.join(f'{n:,}' for n in sorted(counts))} test images; ± is the 95 % binomial error"
-    return format_table(header, rows) + "\n" + note
+    return format_table(header, rows) + "\n" + _note(list(evaluations.values()))
+
+
+def _note(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """What the figures hold for: ball, weights, images; the table is meant to be quoted."""
+    figures = [figure for evaluation in evaluations for figure in evaluation["figures"].values()]
+    balls = {f"{figure['norm']} {figure['eps']}" for figure in figures if "eps" in figure}
+    weights = {str(evaluation["weights"]) for evaluation in evaluations}
+    counts = {figure["n"] for figure in figures}
+    parts = [*sorted(balls), f"weights {', '.join(sorted(weights))}"]
+    parts.append(f"n = {', '.join(f'{n:,}' for n in sorted(counts))} test images")
+    return ", ".join(parts) + "; ± is the 95 % binomial error"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast import reference
+from arat_fast.errors import TrainingError
 from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.stream import counter_seed
 
@@ -22,15 +23,23 @@ def batches(data: ImageSet, size: int, device: torch.device) -> Iterator[tuple[i
 
 
 @torch.no_grad()
+def finite_logits(network: nn.Module, images: Tensor) -> Tensor:
+    """(B, classes) logits. Raises TrainingError where one is not finite: its argmax would be some class."""
+    logits: Tensor = network(images)
+    if not torch.isfinite(logits).all():
+        raise TrainingError("the network's outputs are not finite: its weights are spoilt, train it again")
+    return logits
+
+
 def _correct(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return network(images).argmax(1).eq(labels).cpu()
+    return finite_logits(network, images).argmax(1).eq(labels).cpu()
 
 
 def clean_correct(
     network: nn.Module, data: ImageSet, *, branch: str = "adv", batch_size: int = 250, device: torch.device
 ) -> Tensor:
     """(N,) bool: the image is classified correctly in eval mode by the branch. The network's mode is put
-    back.
+    back. Raises TrainingError where outputs are not finite.
     """
     parts = []
     with reference.attack_mode(network, branch, batch_statistics=False):
@@ -58,7 +67,7 @@ def pgd_correct(
     statistics.
 
     Random starts depend on (seed, restart, offset) alone. `progress` is told how many images each batch
-    finished.
+    finished. Raises TrainingError where outputs are not finite.
     """
     robust = []
     with reference.attack_mode(network, "adv", batch_statistics=False):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from arat_fast import reference
 from arat_fast.errors import UserError
-from arat_fast.evaluation.accuracy import batches
+from arat_fast.evaluation.accuracy import batches, finite_logits
 from arat_fast.evaluation.record import write_json
 from arat_fast.loaders.images import ImageSet
 
@@ -49,6 +49,18 @@ def _quiet_library() -> Iterator[None]:
         logger.propagate = propagate
 
 
+def check_autoattack(num_classes: int, attacks: Sequence[str] = STANDARD) -> None:
+    """Raise UserError where AutoAttack cannot run: without pyautoattack, or with too few classes."""
+    try:
+        import pyautoattack  # noqa: F401
+    except ImportError:
+        raise UserError("AutoAttack needs pyautoattack: pip install 'arat-fast[evaluation]'") from None
+    if num_classes < 10 and any(name.endswith("-t") for name in attacks):
+        raise UserError(
+            f"AutoAttack's targeted attacks need 10 classes, the data has {num_classes}; use pgd instead"
+        )
+
+
 def autoattack_correct(
     network: nn.Module,
     data: ImageSet,
@@ -68,16 +80,11 @@ def autoattack_correct(
     `iterations` is 100 and Square's `queries` 5,000 in the official standard version. With `state_file`, an
     evaluation that was cut short goes on where it stopped; the caller names the file after everything that
     the result depends on. Raises UserError when pyautoattack is not installed, the network has too few
-    classes.
+    classes; TrainingError where its outputs are not finite.
     """
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError:
-        raise UserError("AutoAttack needs pyautoattack: pip install 'arat-fast[evaluation]'") from None
-    if data.num_classes < 10 and any(name.endswith("-t") for name in attacks):
-        raise UserError(
-            f"AutoAttack's targeted attacks need 10 classes, the data has {data.num_classes}; use pgd instead"
-        )
+    check_autoattack(data.num_classes, attacks)
+    from pyautoattack import AutoAttack
+
     verdicts = _finished(state_file)
     if len(verdicts) == len(data):
         return torch.tensor(verdicts, dtype=torch.bool)
@@ -101,6 +108,7 @@ def autoattack_correct(
             apgd.n_iter_min = max(int(0.06 * iterations), 1)
             apgd.size_decr = max(int(0.03 * iterations), 1)
         for _, images, labels in batches(rest, batch_size, device):
+            finite_logits(network, images)
             # The label that each image ended with: the true one where no attack succeeded.
             _, final = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
             verdicts += final.eq(labels).tolist()

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from arat_fast.errors import TrainingError, UserError
 
+# A run's own: nothing else may be written there.
+_OF_A_RUN = ("config.json", "environment.json", "results.json", "metrics.jsonl")
+
 
 def check_writable(path: Path | None) -> None:
     """Make the folder of a file that is to be written; to be asked before the work whose result goes there.
 
-    Raises UserError where nothing can be written. None is nowhere, and fine.
+    Raises UserError where nothing can be written, or where a run's own file or one that is not JSON would be
+    lost. None is nowhere, and fine.
     """
     if path is None:
         return
@@ -24,6 +28,20 @@ def check_writable(path: Path | None) -> None:
         raise UserError(f"{path} is a folder; give the name of a file in it")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written; give another place")
+    if path.name in _OF_A_RUN and (path.parent / "config.json").is_file():
+        raise UserError(f"{path} is one of the run's own files; choose another name")
+    if path.is_file() and (path.suffix in (".pt", ".jsonl") or not _is_json(path)):
+        raise UserError(f"{path} exists and is no JSON record, it would be lost; choose another name")
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file holds JSON, or nothing yet."""
+    try:
+        if text := path.read_text():
+            json.loads(text)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def write_json(path: Path, value: object) -> None:

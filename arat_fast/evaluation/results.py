@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -44,10 +45,27 @@ class EvaluationOptions:
 
 
 def check_attacks(names: Sequence[str]) -> None:
-    """Raise UserError with the nearest known name unless every name is an attack."""
+    """Raise UserError with the nearest known name unless every name is an attack, or where there is none."""
+    if not names:
+        raise UserError(f"--attacks names no attack; known: {', '.join(NAMES)}")
     for name in names:
         if name not in NAMES and not PGD.fullmatch(name):
             raise unknown_name("attack", name, NAMES)
+
+
+def check_options(options: EvaluationOptions) -> None:
+    """Raise UserError naming the flag of the first number that is out of its range."""
+    ranges: dict[str, tuple[float | None, float, float]] = {
+        "--restarts": (options.restarts, 1, math.inf),
+        "--batch-size": (options.batch_size, 1, math.inf),
+        "--limit": (options.limit, 0, math.inf),
+        "--seed": (options.seed, 0, 2**31),
+        "--eps": (options.eps, 0, math.inf),
+        "--alpha": (options.alpha, 0, math.inf),
+    }
+    for flag, (value, least, end) in ranges.items():
+        if value is not None and not least <= value < end:  # NaN is in no range
+            raise UserError(f"{flag} is {value}; expected at least {least} and less than {end}")
 
 
 def _figure(correct: Tensor, **settings: object) -> dict[str, object]:
@@ -67,6 +85,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest_of(data: ImageSet) -> str:
+    """Of the bytes of a data set's images and labels."""
+    digest = hashlib.sha256(data.images.tobytes())
+    digest.update(data.labels.tobytes())
+    return digest.hexdigest()
+
+
 def evaluate_run(
     run: Path,
     test: ImageSet,
@@ -79,10 +104,12 @@ def evaluate_run(
     result.
 
     attacks: "clean", "pgdK", "pgdK-margin", "autoattack" (official, 100 iterations), "autoattack10" (10
-    iterations, as the ARAT paper's figures). Raises UserError for an unknown attack, or data that does not
-    fit the network.
+    iterations, as the ARAT paper's figures). Raises UserError for an unknown attack, an option out of
+    range, a damaged run, or data that does not fit the network.
     """
     check_attacks(attacks)
+    check_options(options)
+    metrics = RunDirectory(run).metrics()  # first: a damaged file should not cost an evaluation
     trained = load_run(run, device, options.weights)
     shape = tuple(trained.checkpoint_state["image_shape"])
     if test.image_shape != shape or test.num_classes != trained.checkpoint_state["num_classes"]:
@@ -95,14 +122,13 @@ def evaluate_run(
     figures: dict[str, dict[str, object]] = {}
     for name in attacks:
         if name == "clean":
-            figures |= _clean_figures(trained, data, device)
+            figures |= _clean_figures(trained, data, options, device)
         elif (match := PGD.fullmatch(name)) is not None:
             loss = "margin" if match[2] else "ce"
             figures[name] = _pgd_figure(trained, data, int(match[1]), loss, options, device)
         else:
             iterations = PAPER_ITERATIONS if name == "autoattack10" else OFFICIAL_ITERATIONS
             figures[name] = _autoattack_figure(trained, data, iterations, options, digest, device)
-    metrics = RunDirectory(run).metrics()
     speeds = [line["images_per_second"] for line in metrics]
     return {
         "run": str(run),
@@ -128,9 +154,9 @@ def _batch_size(trained: TrainedNetwork, options: EvaluationOptions) -> int:
 
 
 def _clean_figures(
-    trained: TrainedNetwork, data: ImageSet, device: torch.device
+    trained: TrainedNetwork, data: ImageSet, options: EvaluationOptions, device: torch.device
 ) -> dict[str, dict[str, object]]:
-    size = trained.config.evaluation.batch_size
+    size = _batch_size(trained, options)
     figures = {
         "clean": _figure(clean_correct(trained.network, data, batch_size=size, device=device), branch="adv")
     }
@@ -189,8 +215,13 @@ def _autoattack_figure(
 ) -> dict[str, object]:
     settings = trained.config.evaluation
     eps = settings.eps if options.eps is None else options.eps
-    # Everything the verdicts depend on is in the name, so that another evaluation never picks up these.
-    key = f"{digest}-{trained.weights}-{eps!r}-{settings.norm}-{iterations}-{len(data)}-{options.seed}"
+    size = _batch_size(trained, options)
+    # Everything the verdicts depend on is in the name, so that another evaluation never picks up these: the
+    # images too, as --data-root may change them, and the batches, as each draws its own random numbers.
+    key = (
+        f"{digest}-{trained.weights}-{eps!r}-{settings.norm}-{iterations}-{options.seed}-{size}-"
+        f"{data.images.shape}-{_digest_of(data)}"
+    )
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     correct = autoattack_correct(
         trained.network,
@@ -199,7 +230,7 @@ def _autoattack_figure(
         norm=settings.norm,
         iterations=iterations,
         seed=options.seed,
-        batch_size=_batch_size(trained, options),
+        batch_size=size,
         device=device,
         state_file=trained.run / "autoattack" / f"{name}.json",
     )

@@ -13,6 +13,7 @@ from typing import Any
 from arat_fast.errors import UserError
 from arat_fast.export.plain import PlainNetwork
 from arat_fast.pixels import format_pixels
+from arat_fast.training.directory import RunDirectory
 
 __all__ = ["model_info"]
 
@@ -100,19 +101,13 @@ def _summary(network: PlainNetwork) -> list[tuple[str, dict[str, Any]]]:
     preferred = "swa" if "swa" in run.checkpoint_state["recalibrated"] else "last"
     if run.weights != preferred:
         return []
-    for place in (run.run, run.run.parent):
-        file = place / "results.json"
-        if place != run.run and not (place / "config.json").is_file():
-            return []
-        record = _read(file)
-        if not isinstance(record, dict) or run.config.method not in record:
-            continue
-        if run.checkpoint.stat().st_mtime > file.stat().st_mtime:
-            return []  # trained on since
-        values = record[run.config.method]
-        figures = {k: {"accuracy": v, "n": values["n"]} for k, v in values.items() if k != "n"}
-        return _of_branch(network, figures)
-    return []
+    directory = RunDirectory(run.run)
+    values = directory.results(run.config.method)
+    file = directory.results_file(run.config.method)
+    if not values or run.checkpoint.stat().st_mtime > file.stat().st_mtime:
+        return []  # none, or trained on since
+    figures = {k: {"accuracy": v, "n": values["n"]} for k, v in values.items() if k != "n"}
+    return _of_branch(network, figures)
 
 
 def _read(file: Path) -> Any:

@@ -64,12 +64,12 @@ class LoaderStream:
     same batches after a restart, for as long as it draws nothing else from it.
     """
 
-    def __init__(self, loader: Loader, seed: int, device: torch.device) -> None:
+    def __init__(self, loader: Loader, seed: int, device: torch.device, num_classes: int) -> None:
         if not isinstance(loader, Sized):
             raise UserError(
                 "loaders: the training loader has no length; give a DataLoader of a sized data set"
             )
-        self.loader, self.seed, self.device = loader, seed, device
+        self.loader, self.seed, self.device, self.num_classes = loader, seed, device, num_classes
         self._length = len(loader)
 
     def __len__(self) -> int:
@@ -86,6 +86,8 @@ class LoaderStream:
             batches = iter(self.loader)
         for images, labels in itertools.islice(batches, first_batch, None):
             check_batch(images, labels)
+            if not labels.is_cuda:  # on the host the look costs nothing
+                check_range(labels, self.num_classes)
             yield Batch(
                 images.to(self.device, non_blocking=True),
                 labels.to(self.device, non_blocking=True),
@@ -101,6 +103,15 @@ def check_batch(images: object, labels: object) -> None:
     if not (isinstance(labels, Tensor) and labels.dtype is torch.int64 and labels.shape == images.shape[:1]):
         got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise UserError(f"loaders: labels are {got}; expected int64 ({len(images)},)")
+
+
+def check_range(labels: Tensor, num_classes: int) -> None:
+    """Raise UserError unless the labels are in [0, num_classes)."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise UserError(
+            f"loaders: labels run from {low} to {high}; the model has classes 0 to {num_classes - 1}"
+        )
 
 
 def look_at(loader: Loader, model: nn.Module) -> OwnData:

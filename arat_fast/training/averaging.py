@@ -8,7 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from arat_fast import reference
+from arat_fast.config import TrainConfig
+from arat_fast.loaders.stream import Batch, counter_seed
 from arat_fast.reference import use_branch
+from arat_fast.training.augmentation import augmented
 
 
 class WeightAverage:
@@ -81,6 +85,30 @@ def _cumulative(norms: Iterable[nn.BatchNorm2d]) -> Iterator[Callable[[int, int]
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def adversarial_images(
+    config: TrainConfig, network: nn.Module, batches: Iterable[Batch], epoch: int
+) -> Iterator[Tensor]:
+    """An epoch's images to recalibrate by: attacked as in training, clean ones of method standard."""
+    attack = config.attack
+    for k, batch in enumerate(batches):
+        images = augmented(config, batch, epoch).contiguous()
+        if config.method == "standard":
+            yield images
+            continue
+        generator = torch.Generator(images.device).manual_seed(counter_seed(config.seed, epoch, k))
+        yield reference.pgd(
+            network,
+            images,
+            batch.labels,
+            eps=attack.eps,
+            alpha=attack.alpha,
+            steps=attack.steps,
+            norm=attack.norm,
+            start=reference.random_start(images, attack.eps, attack.norm, generator),
+            update_statistics=False,
+        )
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Tensor], branch: str = "adv") -> None:

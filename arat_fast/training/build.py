@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast import methods, reference
-from arat_fast.config import TrainConfig
+from arat_fast.config import TrainConfig, resolved
 from arat_fast.errors import UserError, unknown_name
 from arat_fast.models import create_model
 from arat_fast.models.library import is_library_name
@@ -48,14 +48,29 @@ def build_network(config: TrainConfig, channels: int, num_classes: int) -> nn.Mo
         return plain_network(config.model, num_classes, channels, split_bn)
 
 
+def check_reference(config: TrainConfig) -> None:
+    """Raise UserError for a method or an attack that only the fast engine has."""
+    _check_reference_method(config)
+    attack = resolved(config).attack
+    for name, value, known in (("loss", attack.loss, "ce"), ("branch", attack.branch, "adv")):
+        if value != known:
+            raise UserError(f"--engine reference attacks with {name} {known}, not {value}: use --engine fast")
+    if attack.start == "normal":
+        raise UserError("--engine reference starts uniformly or at the image: use --engine fast")
+
+
+def _check_reference_method(config: TrainConfig) -> None:
+    if config.method not in ("arat", "standard") or config.emr.coefficient:
+        what = "emr" if config.method in ("arat", "standard") else f"method {config.method}"
+        raise UserError(f"--engine reference knows arat and standard, not {what}: use --engine fast")
+
+
 def build_method(config: TrainConfig, network: nn.Module) -> reference.ARAT | reference.Standard:
     """The reference's training method around `network`; its predictors' weights depend on the seed alone.
 
     Raises UserError for methods that only the fast engine has.
     """
-    if config.method not in ("arat", "standard") or config.emr.coefficient:
-        what = "emr" if config.method in ("arat", "standard") else f"method {config.method}"
-        raise UserError(f"--engine reference knows arat and standard, not {what}: use --engine fast")
+    _check_reference_method(config)
     if config.method == "standard":
         return reference.Standard(network)
     for layer in config.arat.layers:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from arat_fast.config import TrainConfig, load_recipe, save_json, to_mapping
 from arat_fast.errors import TrainingError, UserError
 
+log = logging.getLogger(__name__)
 LAST_GOOD = "last_good.pt"  # kept beside last.pt when a loss stops being finite
+METRICS = ("epoch", "loss", "images_per_second", "seconds")  # of each line of metrics.jsonl
 # A resumed run may differ in these; anything else would make it another run.
 FREE_KEYS = (
     "epochs",
@@ -55,7 +58,7 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def config(self) -> TrainConfig:
-        """The run's configuration. Raises UserError when the directory holds no run."""
+        """The run's configuration. Raises UserError when the directory holds no run, or a damaged one."""
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is no run directory: it has no config.json")
         return load_recipe(str(self.config_file))
@@ -76,13 +79,20 @@ class RunDirectory:
             self.lock()
             (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
             # Last: a directory with a config.json is a run that can be resumed.
-            temporary = self.path / "config.json.tmp"
-            save_json(config, temporary)
-            temporary.replace(self.config_file)
+            self.write_config(config)
         except OSError as error:
             raise UserError(
                 f"cannot write to the run directory {self.path}: {error.strerror}; give another --run-dir"
             ) from None
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write config.json whole or not at all. Raises UserError when it cannot be written."""
+        temporary = self.path / "config.json.tmp"
+        try:
+            save_json(config, temporary)
+            temporary.replace(self.config_file)
+        except OSError as error:
+            raise UserError(f"cannot write {self.config_file}: {error.strerror}; make room there") from None
 
     def lock(self) -> None:
         """Hold the directory for this process. Raises UserError when another process does."""
@@ -121,16 +131,57 @@ class RunDirectory:
         return False
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+        """The lines of metrics.jsonl; a last line that a crash cut short is left out.
+
+        Raises UserError where the file cannot be read, or a line is not an epoch's metrics.
+        """
         if not self.metrics_file.exists():
             return []
+        try:
+            text = self.metrics_file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {self.metrics_file} ({error}): restore or remove it") from None
         lines = []
-        for line in self.metrics_file.read_text().splitlines():
+        for number, line in enumerate(text.splitlines(), 1):
             try:
-                lines.append(json.loads(line))
+                values = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not _is_metrics(values):
+                raise UserError(
+                    f"{self.metrics_file}, line {number}, is damaged: expected an object with the numbers "
+                    f"{', '.join(METRICS)}; restore a copy, or remove the line"
+                )
+            lines.append(values)
         return lines
+
+    def results_file(self, method: str) -> Path:
+        """results.json: in the run's folder; above it for the standard network of `train --with-standard`."""
+        own = self.path / "results.json"
+        folder = self.path.absolute()
+        trained_along = method == folder.name == "standard" and (folder.parent / "config.json").is_file()
+        return folder.parent / "results.json" if trained_along and not own.exists() else own
+
+    def results(self, method: str) -> dict[str, float]:
+        """Accuracies in [0, 1] at the end of training, and n, the number of images; empty where none were
+        measured.
+
+        A results.json that is damaged is left out with a warning.
+        """
+        file = self.results_file(method)
+        if not file.exists():
+            return {}
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError):
+            record = None
+        if not isinstance(record, dict) or not _are_results(record.get(method, {"n": 1})):
+            log.warning("%s is damaged and is left out: restore or remove it", file)
+            return {}
+        # A standard network above has its figures alone there: they are not this folder's.
+        if file.parent != self.path and set(record) == {"standard"}:
+            return {}
+        return dict(record.get(method, {}))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one epoch's line. Raises TrainingError when the disk refuses."""
@@ -150,6 +201,34 @@ class RunDirectory:
         temporary = self.metrics_file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.metrics_file)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_metrics(values: object) -> bool:
+    """Whether a line of metrics.jsonl holds what every epoch's line does."""
+    return (
+        isinstance(values, dict)
+        and all(_is_number(values.get(key)) for key in METRICS)
+        and isinstance(values["epoch"], int)
+    )
+
+
+def is_figure(accuracy: object, count: object) -> bool:
+    """Whether a record's values are an accuracy in [0, 1] and a number of images."""
+    return (
+        _is_number(accuracy) and _is_number(count) and isinstance(count, int) and 0 <= accuracy <= 1 <= count
+    )
+
+
+def _are_results(values: object) -> bool:
+    """Whether a method's part of results.json is accuracies and n."""
+    if not isinstance(values, dict):
+        return False
+    count = values.get("n")
+    return is_figure(0.0, count) and all(is_figure(v, count) for k, v in values.items() if k != "n")
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig, path: Path) -> None:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast import reference
-from arat_fast.config import TrainConfig, resolved
-from arat_fast.errors import UserError
+from arat_fast.config import TrainConfig
 from arat_fast.loaders.stream import Batch, counter_seed
 from arat_fast.methods import branches_of
 from arat_fast.models.plain import plain_network
 from arat_fast.training.augmentation import augmented
-from arat_fast.training.build import build_method, build_network, build_optimizer
+from arat_fast.training.build import build_method, build_network, build_optimizer, check_reference
 from arat_fast.training.finite import FiniteGuard, loss_terms
 from arat_fast.training.schedule import warm_up_factor
 
@@ -27,7 +26,7 @@ class ReferenceEngine:
     def __init__(self, config: TrainConfig, channels: int, num_classes: int, device: torch.device) -> None:
         self.config, self.device, self._shape = config, device, (num_classes, channels)
         self._split = len(branches_of(config)) > 1
-        _check_reference_attack(config)
+        check_reference(config)
         self.method = build_method(config, build_network(config, channels, num_classes)).to(device)
         self.network = self.method.network
         self.optimizer = build_optimizer(config, self.parameters())
@@ -95,12 +94,3 @@ class ReferenceEngine:
         twin = plain_network(self.config.model, *self._shape, self._split)
         twin.load_state_dict(self.network.state_dict() | weights)
         return twin.to(self.device)
-
-
-def _check_reference_attack(config: TrainConfig) -> None:
-    attack = resolved(config).attack
-    for name, value, known in (("loss", attack.loss, "ce"), ("branch", attack.branch, "adv")):
-        if value != known:
-            raise UserError(f"--engine reference attacks with {name} {known}, not {value}: use --engine fast")
-    if attack.start == "normal":
-        raise UserError("--engine reference starts uniformly or at the image: use --engine fast")

@@ -6,7 +6,6 @@ import itertools
 import logging
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arat_fast import reference
 from arat_fast.analysis.collect import Collector
-from arat_fast.config import TrainConfig, resolved, to_mapping
+from arat_fast.config import TrainConfig, to_mapping
 from arat_fast.environment import environment
 from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
 from arat_fast.loaders.choose import open_stream
-from arat_fast.loaders.images import ImageSet, ImageSource
-from arat_fast.loaders.stream import WHOLE, Batch, Shard, Stream, counter_seed
+from arat_fast.loaders.images import ImageSet, ImageSource, check_labels
+from arat_fast.loaders.stream import WHOLE, Batch, Shard, Stream
 from arat_fast.training.adopt import Loader, LoaderStream, OwnData, look_at
 from arat_fast.training.augmentation import augmented
-from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
+from arat_fast.training.averaging import WeightAverage, adversarial_images, recalibrate, swa_due
 from arat_fast.training.build import pick_device
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.checks import check_counts, checked, warn_of_radius
 from arat_fast.training.directory import LAST_GOOD, RunDirectory, check_same_run
 from arat_fast.training.distributed import ALONE, World
 from arat_fast.training.engine import build_engine
@@ -55,7 +54,7 @@ class Trainer:
         self,
         config: TrainConfig,
         train: ImageSource | None = None,
-        run_dir: Path | None = None,
+        run_dir: Path | str | None = None,
         *,
         model: nn.Module | None = None,
         loaders: Loader | None = None,
@@ -63,7 +62,7 @@ class Trainer:
         tensorboard: bool = False,
         world: World = ALONE,
     ) -> None:
-        self.config = config = resolved(config)
+        self.config = config = checked(config)
         self.world = world
         self.device = pick_device(config.device)
         if run_dir is None:
@@ -79,7 +78,7 @@ class Trainer:
             self.train_images = self._source
         else:
             self.train_images = self._own_data(loaders, model)
-        self.directory = RunDirectory(run_dir)
+        self.directory = RunDirectory(Path(run_dir))
         self.engine = build_engine(
             config,
             self.train_images.image_shape[2],
@@ -99,7 +98,7 @@ class Trainer:
         if loaders is None:
             self.stream = self._open_stream(local_batch, world.shard)
         else:
-            self.stream = LoaderStream(loaders, config.seed, self.device)
+            self.stream = LoaderStream(loaders, config.seed, self.device, self.train_images.num_classes)
         self.epoch, self.batch = 1, 0  # the next iteration's place: epoch from 1, batch from 0
         self.sums: dict[str, Tensor] = {}  # image-weighted metrics of the epoch so far
         self.images_seen, self.seconds = 0, 0.0
@@ -109,7 +108,7 @@ class Trainer:
         self._open(resume)
         self.collector = self._make_collector(model)
         tensorboard = tensorboard and world.is_main
-        self.writer = summary_writer(run_dir / "tensorboard", self.epoch) if tensorboard else None
+        self.writer = summary_writer(self.directory.path / "tensorboard", self.epoch) if tensorboard else None
 
     def _make_collector(self, model: nn.Module | None) -> Collector | None:
         """What measures gradient conflict on the way, on rank 0; None where it is not asked for."""
@@ -139,26 +138,13 @@ class Trainer:
 
     @staticmethod
     def _split(config: TrainConfig, train: ImageSource) -> tuple[ImageSource, ImageSet | None]:
+        check_labels(train.labels, len(train), train.num_classes, train.source)
+        check_counts(config, len(train))
         train = train.first(config.limit_train)
-        validation = None
-        if config.validation:
-            train, held_out = train.split(config.validation, config.seed)
-            validation = held_out.in_memory()
-        left = len(train) % config.batch_size
-        if 1 < left < config.batch_size // 4 and config.method != "standard":
-            # An iteration's 11 updates of momentum 0.1 make 69 % of the statistics the last batch's.
-            # Two images in it (1,154 digits, not 1,152) cost 11 points of PGD-20 accuracy.
-            log.warning(
-                "the last batch of an epoch has only %d images, and the adv branch's statistics follow it: "
-                "choose another --batch-size or number of images",
-                left,
-            )
-        if left == 1:
-            raise UserError(
-                f"{len(train)} training images in batches of {config.batch_size} leave a last batch of one "
-                "image, which BatchNorm cannot normalise; change --batch-size or --limit-train"
-            )
-        return train, validation
+        if not config.validation:
+            return train, None
+        train, held_out = train.split(config.validation, config.seed)
+        return train, held_out.in_memory()
 
     def _open_stream(self, batch_size: int, shard: Shard) -> Stream:
         config = self.config
@@ -184,11 +170,19 @@ class Trainer:
             return
         if self.world.is_main:
             self.directory.lock()
-        check_same_run(self.directory.config(), self.config, self.directory.path)
+        recorded = self.directory.config()
+        check_same_run(recorded, self.config, self.directory.path)
         if self.directory.last.exists():
             self.load_state_dict(load_checkpoint(self.directory.last, self.device))
             log.info("resuming %s at epoch %d, batch %d", self.directory.path, self.epoch, self.batch)
+        if self.config.epochs < self.epoch - 1:
+            raise UserError(
+                f"{self.directory.path} has finished {self.epoch - 1} epochs already, --epochs "
+                f"{self.config.epochs} cannot take any back: give at least {self.epoch - 1}"
+            )
         if self.world.is_main:
+            if recorded != self.config:  # longer, say: a later --resume without flags goes on to that end
+                self.directory.write_config(self.config)
             self.directory.forget_metrics_after(self.epoch - 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,14 +251,22 @@ class Trainer:
             self.directory.release()
 
     def _run(self) -> None:
+        if self.epoch <= self.config.epochs and self.world.is_main:
+            warn_of_radius(self.config)
         with StopSignals() as signals:
             while self.epoch <= self.config.epochs:
                 self._train_epoch(signals)
         for name, average in self.averages.items():
-            if average.count and name not in self.recalibrated:
+            if not average.count:
+                log.warning(
+                    "the %s average took no snapshot, and the run has none: --averaging.swa-every %d is too "
+                    "large; give a smaller one, or more --epochs", name, self.config.averaging.swa_every,
+                )  # fmt: skip
+            elif name not in self.recalibrated:
                 self._recalibrate(name)
 
     def _train_epoch(self, signals: StopSignals) -> None:
+        self.recalibrated = {}  # of a shorter run: the averages move on
         rate = learning_rate(self.config, self.epoch)
         if self.config.batch_per_process:
             rate *= self.world.size
@@ -415,28 +417,8 @@ class Trainer:
         log.info("recalibrating BatchNorm statistics of the %s weights", name)
         network = self.engine.plain_network(self.averages[name].values)
         if self.world.is_main:
-            recalibrate(network, self._adversarial_epoch(network))
+            whole = self.stream if self.world.size == 1 else self._open_stream(self.config.batch_size, WHOLE)
+            epoch = self.config.epochs + 1
+            recalibrate(network, adversarial_images(self.config, network, whole.epoch(epoch), epoch))
         self.recalibrated[name] = network.state_dict()
         self.save()
-
-    def _adversarial_epoch(self, network: nn.Module) -> Iterator[Tensor]:
-        attack = self.config.attack
-        epoch = self.config.epochs + 1
-        whole = self.stream if self.world.size == 1 else self._open_stream(self.config.batch_size, WHOLE)
-        for k, batch in enumerate(whole.epoch(epoch)):
-            images = augmented(self.config, batch, epoch).contiguous()
-            if self.config.method == "standard":
-                yield images
-                continue
-            generator = torch.Generator(self.device).manual_seed(counter_seed(self.config.seed, epoch, k))
-            yield reference.pgd(
-                network,
-                images,
-                batch.labels,
-                eps=attack.eps,
-                alpha=attack.alpha,
-                steps=attack.steps,
-                norm=attack.norm,
-                start=reference.random_start(images, attack.eps, attack.norm, generator),
-                update_statistics=False,
-            )

@@ -171,6 +171,7 @@ def test_two_analyses_are_the_same(runs: dict[str, Path], tmp_path: Path) -> Non
         (["analyze", "RUN", "--what", "conflicts"], ["unknown analysis 'conflicts'", "mean 'conflict'"]),
         (["analyze", "RUN", "--what", ","], ["names no analysis"]),
         (["analyze", "RUN", "--batches", "0"], ["--batches 0"]),
+        (["analyze", "RUN", "--seed", "-1"], ["--seed is -1"]),
         (["analyze", "STANDARD", "--what", "conflict"], ["method standard has no invariance term"]),
         (["analyze", "RUN", "--out", "FILE/out"], ["cannot write to", "--out"]),
         (["analyze", "RUN", "--weights", "swa", "--what", "margin"], ["has no swa weights"]),

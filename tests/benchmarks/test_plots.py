@@ -95,6 +95,13 @@ def test_plots_command_names_a_file_that_is_no_record(tmp_path: Path) -> None:
     broken.write_text("{")
     with pytest.raises(UserError, match=r"cannot read the record .*broken\.json"):
         bench.main(["plots", str(broken), "--out", str(tmp_path)])
+    for text in ("[1]", '{"benchmark": "step"}', '{"what": "make train"}'):
+        broken.write_text(text)
+        with pytest.raises(UserError, match=r"broken\.json is no record of .*step or attack or kernels"):
+            bench.main(["plots", str(broken), "--out", str(tmp_path)])
+    broken.write_text('{"benchmark": "kernels", "conditions": {}, "results": []}')
+    with pytest.raises(UserError, match="cannot make the folder"):
+        bench.main(["plots", str(broken), "--out", str(broken)])
     with pytest.raises(UserError, match="did you mean 'kernels'"):
         bench.main(["kernles"])
 

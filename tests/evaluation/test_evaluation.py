@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast import reference
+from arat_fast.cli import main
 from arat_fast.config import TrainConfig
 from arat_fast.errors import TrainingError, UserError
 from arat_fast.evaluation import autoattack as autoattack_module
+from arat_fast.evaluation import results as results_module
 from arat_fast.evaluation.accuracy import binomial_error, clean_correct, pgd_correct
 from arat_fast.evaluation.autoattack import autoattack_correct
 from arat_fast.evaluation.network import load_run
@@ -214,6 +217,139 @@ def test_where_a_record_goes_is_looked_at_first(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "record.json")
 
 
+def test_a_record_takes_no_other_files_place(tmp_path: Path) -> None:
+    check_writable(tmp_path / "results.json")  # no run is here
+    for name in ("config.json", "old.json", "environment.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "empty.json").touch()
+    for name in ("old.json", "empty.json", "new.json"):
+        check_writable(tmp_path / name)
+    for name in ("config.json", "environment.json", "results.json", "metrics.jsonl"):
+        with pytest.raises(UserError, match=rf"{name} is one of the run's own files; choose another name"):
+            check_writable(tmp_path / name)
+    contents = {"last.pt": b"1", "analysis.jsonl": b"1", "notes.txt": b"mine", "image.json": b"\xff\xfe"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} exists .* choose another name"):
+            check_writable(tmp_path / name)
+
+
+def test_verdicts_of_other_images_are_not_taken(
+    trained: Path, digits: tuple[ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+
+    def seen(network: nn.Module, data: ImageSet, *, state_file: Path, **_options: object) -> Tensor:
+        files.append(state_file)
+        return torch.ones(len(data), dtype=torch.bool)
+
+    monkeypatch.setattr(results_module, "autoattack_correct", seen)
+    one, other = digits[1].take(np.arange(6)), digits[1].take(np.arange(6, 12))
+    relabelled = dataclasses.replace(one, labels=(one.labels + 1) % 10)
+    for data, size in ((one, None), (one, None), (other, None), (relabelled, None), (one, 3)):
+        options = EvaluationOptions(batch_size=size)
+        evaluate_run(trained, data, ["autoattack"], device=CPU, options=options)
+    assert files[0] == files[1]
+    assert len(set(files)) == 4
+
+
+def test_the_given_batch_size_is_the_clean_figures_too(
+    trained: Path, digits: tuple[ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def seen(network: nn.Module, data: ImageSet, *, batch_size: int, **_options: object) -> Tensor:
+        sizes.append(batch_size)
+        return torch.ones(len(data), dtype=torch.bool)
+
+    monkeypatch.setattr(results_module, "clean_correct", seen)
+    evaluate_run(trained, digits[1].first(6), ["clean"], device=CPU, options=EvaluationOptions(batch_size=3))
+    assert sizes == [3, 3]
+
+
+def test_outputs_that_are_not_finite_are_no_accuracy(
+    trained: Path, digits: tuple[ImageSet, ImageSet]
+) -> None:
+    network, data = load_run(trained, CPU).network, digits[1].first(6)
+    with torch.no_grad():
+        network.get_parameter("linear.weight")[0, 0] = math.nan
+    for measure in (
+        lambda: clean_correct(network, data, device=CPU),
+        lambda: pgd_correct(network, data, **EPS, steps=1, device=CPU),
+        lambda: autoattack_correct(network, data, eps=0.1, device=CPU),
+    ):
+        with pytest.raises(TrainingError, match="outputs are not finite"):
+            measure()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("restarts", 0),
+        ("restarts", -1),
+        ("batch_size", 0),
+        ("batch_size", -5),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("limit", -3),
+        ("eps", -0.1),
+        ("eps", math.nan),
+        ("alpha", math.inf),
+    ],
+)
+def test_numbers_out_of_range_are_named(
+    name: str, value: float, trained: Path, digits: tuple[ImageSet, ImageSet]
+) -> None:
+    options = EvaluationOptions(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {value}; expected at least"):
+        evaluate_run(trained, digits[1], ["clean"], device=CPU, options=options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--restarts", "0"], "--restarts is 0"),
+        (["--attacks", ""], "--attacks names no attack"),
+        (["--batch-size", "-5"], "--batch-size is -5"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--limit", "-3"], "--limit is -3"),
+        (["--sanity", "--limit", "-3"], "--limit is -3"),
+        (["--sanity", "--attacks", "clean"], "leave --attacks out"),
+        (["--sanity", "--restarts", "2"], "leave --restarts out"),
+        (["--sanity", "--seed", "1"], "leave --seed out"),
+        (["--sanity", "--batch-size", "5"], "leave --batch-size out"),
+        (["--json", "RUN/last.pt"], "choose another name"),
+    ],
+)
+def test_flags_that_would_be_misread_are_refused(
+    flags: list[str], message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(trained), *(flag.replace("RUN", str(trained)) for flag in flags)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_table_says_what_it_holds_for(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(trained), "--attacks", "clean,pgd1", "--limit", "9", "--eps", "8/255"]) == 0
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert note == "Linf 8/255, weights last, n = 9 test images; ± is the 95 % binomial error"
+
+
+def test_damaged_metrics_are_found_before_anything_is_measured(
+    trained: Path, digits: tuple[ImageSet, ImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(results_module, "load_run", None)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for damaged in ("[]\n", "5\n", '{"epoch": 1}\n'):
+        metrics.write_text(damaged)
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 1, is damaged: .* remove the line"):
+            evaluate_run(tmp_path / "run", digits[1], ["clean"], device=CPU)
+    metrics.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"cannot read .*metrics.jsonl"):
+        evaluate_run(tmp_path / "run", digits[1], ["clean"], device=CPU)
+
+
 def test_wrong_requests_are_named(trained: Path, digits: tuple[ImageSet, ImageSet], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown attack 'pdg20': did you mean 'pgd20'"):
         check_attacks(["clean", "pdg20"])
@@ -227,8 +363,6 @@ def test_wrong_requests_are_named(trained: Path, digits: tuple[ImageSet, ImageSe
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(trained, other)
     config = json.loads((other / "config.json").read_text())
@@ -237,7 +371,7 @@ def test_a_checkpoint_of_another_network_is_refused(trained: Path, tmp_path: Pat
     with pytest.raises(UserError, match="does not fit the network"):
         load_run(other, CPU)
     (other / "config.json").write_text("{}}")
-    with pytest.raises(UserError, match="not valid YAML"):
+    with pytest.raises(UserError, match=r"not valid (YAML|JSON)"):
         load_run(other, CPU)
     (other / "config.json").unlink()
     with pytest.raises(UserError, match="no run directory"):

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from arat_fast import reference
 from arat_fast.config import TrainConfig
+from arat_fast.errors import UserError
 from arat_fast.evaluation.network import load_run
 from arat_fast.loaders.images import ImageSet
 from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
+from arat_fast.training.checkpoint import load_checkpoint
 from arat_fast.training.trainer import Trainer
 
 
@@ -125,6 +127,49 @@ def test_a_run_with_averages(
         dict(networks["swa"].named_buffers())[clean], dict(networks["last"].named_buffers())[clean]
     )
     assert load_run(tmp_path / "run", torch.device("cpu")).weights == "swa"
+
+
+def test_an_extended_run_recalibrates_its_averages_anew(
+    tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path
+) -> None:
+    averaging = dataclasses.replace(tiny_config.averaging, swa_start=1, swa_every=1, ema_decay=0.5)
+    short = dataclasses.replace(tiny_config, averaging=averaging, epochs=1)
+    Trainer(short, digits[0], tmp_path / "run").run()
+    longer = Trainer(dataclasses.replace(short, epochs=2), digits[0], tmp_path / "run", resume=True)
+    longer.run()
+    for name, average in longer.averages.items():
+        network = load_run(tmp_path / "run", torch.device("cpu"), name).network
+        expected = longer.engine.plain_network(average.values)
+        for ours, averaged in zip(network.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(ours, averaged)
+
+
+def test_averages_are_forgotten_while_a_longer_run_trains(
+    tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path
+) -> None:
+    averaging = dataclasses.replace(tiny_config.averaging, swa_start=1, swa_every=1)
+    config = dataclasses.replace(tiny_config, averaging=averaging, epochs=1, validation=20)
+    Trainer(config, digits[0], tmp_path / "run").run()
+    longer = Trainer(dataclasses.replace(config, epochs=2), digits[0], tmp_path / "run", resume=True)
+    longer.best_accuracy = -1.0  # so that best.pt is written after epoch 2
+    longer.run()
+    assert load_checkpoint(longer.directory.best)["recalibrated"] == {}
+    assert load_checkpoint(longer.directory.last)["recalibrated"].keys() == {"swa"}
+
+
+def test_an_average_without_a_snapshot_is_named(
+    tiny_config: TrainConfig,
+    digits: tuple[ImageSet, ImageSet],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    averaging = dataclasses.replace(tiny_config.averaging, swa_start=3, swa_every=500)
+    Trainer(dataclasses.replace(tiny_config, averaging=averaging), digits[0], tmp_path / "run").run()
+    assert "the swa average took no snapshot" in caplog.text
+    late = dataclasses.replace(averaging, swa_start=4)
+    with pytest.raises(UserError, match="swa-start 4 is beyond the 3 epochs"):
+        Trainer(dataclasses.replace(tiny_config, averaging=late), digits[0], tmp_path / "late")
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.parametrize("every", [1, 4])

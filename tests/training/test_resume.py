@@ -20,6 +20,7 @@ from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.sources import load
 from arat_fast.training import checkpoint
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.directory import RunDirectory
 from arat_fast.training.trainer import Trainer
 
 
@@ -161,6 +162,32 @@ def test_resume_may_extend_a_run(
     train(dataclasses.replace(config, epochs=4), digits[0], tmp_path / "short", resume=True)
     long, short = (load_checkpoint(tmp_path / name / "last.pt") for name in ("long", "short"))
     assert_same_state(long, short)
+
+
+def test_what_a_resume_changes_is_recorded(
+    config: TrainConfig,
+    digits: tuple[ImageSet, ImageSet],
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluation = dataclasses.replace(config.evaluation, steps=1)
+    longer = dataclasses.replace(config, epochs=5, evaluation=evaluation)
+    with monkeypatch.context() as patch:
+        InterruptAfter(patch, 1)
+        with pytest.raises(StopRequested, match="stopped in epoch 4 of 5"):
+            train(longer, digits[0], whole, resume=True)
+    recorded = RunDirectory(whole).config()
+    assert (recorded.epochs, recorded.evaluation.steps) == (5, 1)
+    assert train(recorded, digits[0], whole, resume=True).epoch == 6
+    assert not list(whole.glob("*.tmp"))
+
+
+def test_finished_epochs_cannot_be_taken_back(
+    config: TrainConfig, digits: tuple[ImageSet, ImageSet], whole: Path
+) -> None:
+    with pytest.raises(UserError, match="has finished 3 epochs already, --epochs 2 cannot"):
+        Trainer(dataclasses.replace(config, epochs=2), digits[0], whole, resume=True)
+    assert RunDirectory(whole).config().epochs == 3
 
 
 def test_resume_under_another_configuration_is_refused(

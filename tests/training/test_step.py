@@ -271,7 +271,7 @@ def test_a_run_on_the_fast_engine_resumes_and_evaluates(
     config = dataclasses.replace(config, averaging=averaging)
     whole = Trainer(config, digits[0], tmp_path / "whole")
     whole.run()
-    part = Trainer(dataclasses.replace(config, epochs=1), digits[0], tmp_path / "part")
+    part = Trainer(dataclasses.replace(config, epochs=2), digits[0], tmp_path / "part")
     part.run()
     rest = Trainer(config, digits[0], tmp_path / "part", resume=True)
     rest.run()
