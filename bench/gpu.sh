@@ -6,7 +6,7 @@
 #   bench/gpu.sh                        all parts
 #   PARTS="tests kernels" bench/gpu.sh  some of: tests ceilings convolutions kernels attack step128 step512
 #                                      step1024 wide
-#   TOTAL=560 bench/gpu.sh              seconds in all (470); what does not fit is cut short, and said
+#   TOTAL=570 bench/gpu.sh              seconds in all (470); what does not fit is cut short, and said
 #   WHEELS=folder bench/gpu.sh          unpacks the wheels of a folder first: pydantic, tyro and what else is missing
 #   DEVICE=cpu bench/gpu.sh             a rehearsal of every part on a CPU, with tiny networks
 #   PYTHON=python3                      names the interpreter that holds torch and triton
@@ -20,34 +20,22 @@ parts=" ${PARTS:-tests ceilings convolutions kernels attack step128 step512 step
 out=$PWD/bench/out/gpu
 mkdir -p "$out"
 unset TRITON_INTERPRET
-export TORCHINDUCTOR_CACHE_DIR=$out/caches/all/torchinductor_cache_dir TRITON_CACHE_DIR=$out/caches/all/triton_cache_dir
+# What the tests compile; each benchmark has caches of its own, which are written while the tests run.
+export TORCHINDUCTOR_CACHE_DIR=$out/caches/tests/torchinductor_cache_dir TRITON_CACHE_DIR=$out/caches/tests/triton_cache_dir
 
 if [ "$device" = cuda ] && ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     echo "no GPU that $python's torch can use (DEVICE=cpu rehearses without one)" >&2
     exit 2
 fi
 rm -rf "$out"/*.json "$out"/*.txt "$out"/*.p?? "$out/status" "$out/caches"
-if [ -n "${WHEELS:-}" ]; then
-    for wheel in "$WHEELS"/*.whl; do
-        "$python" -m zipfile -e "$wheel" "$out/wheels" || exit 2
-    done
-    export PYTHONPATH="$out/wheels${PYTHONPATH:+:$PYTHONPATH}"
-fi
-if ! "$python" -c 'import arat_fast.kernels.dispatch' 2>/dev/null; then
-    # Not installed: lay the package out as an installation would, by links.
-    mkdir -p "$out/package/arat_fast"
-    for part in "$PWD"/arat_fast/* "$PWD/kernels" "$PWD/loaders"; do
-        ln -sfn "$part" "$out/package/arat_fast/$(basename "$part")"
-    done
-    export PYTHONPATH="$out/package${PYTHONPATH:+:$PYTHONPATH}"
-fi
+source bench/package.sh
 has() { "$python" -c "import $1" 2>/dev/null; }
 whole=1 # every dependency of training is here
 "$python" -c 'import arat_fast.config, arat_fast.commands.table, tyro, tqdm' 2>/dev/null || whole=0
 
 if [ "$device" = cuda ]; then
     model=resnet18 wide=wrn-34-10 sizes=(128 512 1024) few=(--repeats 7)
-    step=(--device cuda) jobs=10 narrow=()
+    step=(--device cuda) jobs=6 narrow=()
 else
     model=resnet8 wide=resnet8 sizes=(4 8 16)
     step=(--device cpu --side 8 --steps 1 --repeats 2 --threads 1) jobs=1 few=()
@@ -68,11 +56,13 @@ part() {
         return 0
     fi
     local started=$SECONDS
-    timeout "$limit" "$@" >"$out/$name.txt" 2>&1
+    timeout -s INT -k 15 "$limit" "$@" >"$out/$name.txt" 2>&1 # interrupted, pytest still prints what failed
     status=$?
-    ((status != 124)) && echo "$name: exit status $status, $((SECONDS - started)) s" >>"$out/status"
-    ((status == 124)) && echo "$name: CUT SHORT after $limit s" >>"$out/status"
-    return 0
+    if ((status == 124 || status == 137)); then
+        echo "$name: CUT SHORT after $limit s" >>"$out/status"
+    else
+        echo "$name: exit status $status, $((SECONDS - started)) s" >>"$out/status"
+    fi
 }
 bench() { "$python" -m arat_fast.cli bench "$@"; }
 
@@ -94,7 +84,7 @@ has xdist && [ "$device" = cuda ] && options+=(-n 6)
 prepare() {
     local name=$1 model=$2 batch=$3 variants=$4
     [[ $parts == *" $name "* ]] || return 0
-    TORCHINDUCTOR_COMPILE_THREADS=2 bench step --prepare --model "$model" --batch "$batch" "${step[@]}" --jobs $jobs --caches "$out/caches" \
+    TORCHINDUCTOR_COMPILE_THREADS=2 bench step --prepare --model "$model" --batch "$batch" "${step[@]}" --jobs $jobs --caches "$out/caches/$name" \
         --variants "$variants" --json "$out/prepared_$name.json" >"$out/prepare_$name.txt" 2>&1
 }
 few_variants=eager,strong-compiled,fast
@@ -124,20 +114,24 @@ if [ -n "$background" ]; then
 fi
 
 part ceilings 30 "$python" -m arat_fast.benchmarks.ceilings --device "$device" --json "$out/ceilings.json"
-[ $whole = 1 ] && part convolutions 20 "$python" -m arat_fast.cli bench convolutions --model $model \
+[ $whole = 1 ] && part convolutions 45 "$python" -m arat_fast.cli bench convolutions --model $model \
     --batch "${sizes[0]}" --device "$device" --json "$out/convolutions.json" "${narrow[@]}"
-part kernels 65 "$python" -m arat_fast.benchmarks.kernels --device "$device" --budget 50 --json "$out/kernels.json"
+part kernels 80 "$python" -m arat_fast.benchmarks.kernels --device "$device" --budget 45 --json "$out/kernels.json"
 
 # iterate NAME SECONDS MODEL BATCH ARGUMENTS...
 iterate() {
-    local name=$1 limit=$2 model=$3 batch=$4
+    local name=$1 limit=$2 model=$3 batch=$4 rest
     shift 4
+    rest=$(left)
+    ((limit < rest)) || limit=$rest # the budget follows what is left
     local known=()
     [ -s "$out/prepared_$name.json" ] && known=(--prepared "$out/prepared_$name.json")
     part "$name" "$limit" "$python" -m arat_fast.cli bench step --model "$model" --batch "$batch" "${step[@]}" \
-        --no-memory "${known[@]}" --caches "$out/caches" --budget $((limit * 2 / 3)) --json "$out/$name.json" "$@"
+        --no-memory "${known[@]}" --caches "$out/caches/$name" --budget $((limit * 2 / 3)) --json "$out/$name.json" "$@"
 }
 iterate step128 110 $model "${sizes[0]}"
+export TORCHINDUCTOR_CACHE_DIR=$out/caches/step128/all/torchinductor_cache_dir
+export TRITON_CACHE_DIR=$out/caches/step128/all/triton_cache_dir
 part attack 60 "$python" -m arat_fast.cli bench attack --model $model --batch "${sizes[0]}" "${step[@]}" "${few[@]}" \
     --json "$out/attack.json"
 iterate step512 60 $model "${sizes[1]}" --variants $few_variants,fast-folded "${few[@]}"

@@ -8,6 +8,7 @@
 #   AUTOATTACK_IMAGES=1000                   AutoAttack and its 10-iteration setting, on the first so many test images
 #   EXTRA="--epochs 20"                      further flags of `arat-fast train`
 #   RUN=runs/..., OUT=bench/out/...          the run, and its small results
+#   WHEELS=folder   unpacks the wheels of a folder first, as bench/gpu.sh does
 #   PYTHON=python3
 #
 # Clean accuracy and PGD-20 on all test images. The results: config, metrics, evaluations, and the weights in half
@@ -26,7 +27,9 @@ images=${AUTOATTACK_IMAGES:-1000}
 read -ra extra <<<"${EXTRA:-}"
 [ -n "${1:-}" ] && extra+=(--data-root "$1")
 [ "$aliased" = 1 ] && extra+=(--attack.aliased-start)
+[[ $out == /* ]] || out=$PWD/$out
 mkdir -p "$out"
+source bench/package.sh
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/runs/.compiled}
 arat() { timeout --preserve-status -s INT -k 40 "$(left)" "$python" -m arat_fast.cli "$@"; }
 left() { echo $((piece - (SECONDS - begun))); }

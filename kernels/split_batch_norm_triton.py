@@ -63,7 +63,7 @@ def _welford_lanes(
             ok = ((k * BLOCK_R + lane) < rows)[:, None] & channel_ok
             value = tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32)
             delta = tl.where(ok, value - mean, 0.0)
-            mean += delta * (1.0 / (k + 1.0))
+            mean += delta * tl.div_rn(1.0, k + 1.0)  # exactly 1 for the first row
             m2 += delta * (value - mean)
             x += BLOCK_R * C
     count = tl.minimum(tl.maximum((rows - lane + BLOCK_R - 1) // BLOCK_R, 0), STEPS * UNROLL)

@@ -8,14 +8,15 @@ The clock, the temperature and the neighbours of a run are its own, so a data sh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from arat_fast.benchmarks.conditions import conditions
+from arat_fast.benchmarks.conditions import conditions, float32_products
 from arat_fast.benchmarks.timing import seconds_of
 from arat_fast.errors import UserError
 from arat_fast.evaluation.record import check_writable, write_json
@@ -29,7 +30,7 @@ REPEATS = 7
 class Ceilings:
     """Rates of large operations on random data, the fastest of several: what the device can do at most.
 
-    fp32_flop_per_second: as torch is set, so TF32 where its products are allowed to be. bf16 is None where
+    fp32_flop_per_second: TF32 where convolutions are allowed to be. bf16 is None where
     the device is no faster in it. copy_bytes_per_second counts bytes read and bytes written.
     """
 
@@ -76,12 +77,25 @@ def copy_bytes_per_second(device: torch.device, size: int = 0) -> float:
     return 2 * size / min(seconds_of(lambda: target.copy_(source), device) for _ in range(REPEATS))
 
 
+@contextlib.contextmanager
+def _products_as_convolutions(device: torch.device) -> Iterator[None]:
+    """Let float32 products be TF32 where convolutions are: the work that they are the ceiling of."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = float32_products(device) == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
     """The device's ceilings; `small` for a trial whose figures mean nothing."""
     side, size = (256, 1 << 22) if small else (0, 0)
     half = bf16_pays(device)
+    with _products_as_convolutions(device):
+        single = matmul_flop_per_second(device, torch.float32, side)
     return Ceilings(
-        matmul_flop_per_second(device, torch.float32, side),
+        single,
         matmul_flop_per_second(device, torch.bfloat16, side) if half else None,
         copy_bytes_per_second(device, size),
     )

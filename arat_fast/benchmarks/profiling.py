@@ -45,7 +45,17 @@ KINDS: dict[str, tuple[str, ...]] = {
         "native_batch",
     ),
     "convolution": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad", "fprop", "nchwto", "nhwcto"),
-    "classifier, losses": ("gemm", "cutlass", "addmm", "linear", "softmax", "nll", "cosine", "matmul"),
+    "classifier, losses": (
+        "gemm",
+        "nvjet",
+        "cutlass",
+        "addmm",
+        "linear",
+        "softmax",
+        "nll",
+        "cosine",
+        "matmul",
+    ),
     "compiled, mixed": ("triton_", "compiledfunction", "torch-compiled", "cpp_fused"),
 }
 log = logging.getLogger(__name__)
@@ -77,7 +87,10 @@ class Profile:
 def kind_of(names: Iterable[str]) -> str:
     """The kind of the first of `names`, innermost first, that belongs to one; else "other"."""
     for name in names:
-        low = name.lower()
+        # Neither a sign nor a random number; what Inductor fused is named after all that it may hold.
+        low = name.lower().replace("unsigned", "").replace("operand", "")
+        if low.startswith("triton_"):
+            return "compiled, mixed"
         for kind, words in KINDS.items():
             if any(word in low for word in words):
                 return kind

@@ -113,7 +113,8 @@ def _measure(options: StepOptions, begun: dict[str, Start]) -> dict[str, Any]:
     images, labels = data(setting, device)
     before = measure_ceilings(device)
     calls = {name: _call(iterate, images, labels) for name, iterate in variants.items()}
-    seconds = take_turns(calls, device, turns, count=4 if device.type == "cuda" else 1)
+    count = 4 if device.type == "cuda" else 1
+    seconds = take_turns(calls, device, turns, count, enough=clock.over)
     wanted = _worth_profiling(variants, device) if options.profile else []
     profiles = {name: profile_or_none(calls[name], device) for name in wanted if not clock.over()}
     ceilings = measure_ceilings(device).best(before)
@@ -130,7 +131,7 @@ def _measure(options: StepOptions, begun: dict[str, Start]) -> dict[str, Any]:
         "attack_steps": setting.steps,
         "precision": resolve_precision(options.precision, device),
         "compile": setting.compiled(device),
-        "repeats": turns,
+        "repeats": len(seconds[names[0]]),
         "jobs": jobs,
         "flop_an_image": floors.flop,
         "bytes_an_image": floors.bytes,

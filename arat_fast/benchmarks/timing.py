@@ -37,11 +37,20 @@ def seconds_of(call: Call, device: torch.device, count: int = 1) -> float:
 
 
 def take_turns(
-    calls: Mapping[str, Call], device: torch.device, repeats: int, count: int = 1
+    calls: Mapping[str, Call],
+    device: torch.device,
+    repeats: int,
+    count: int = 1,
+    enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
-    """Seconds a call, one figure a turn, `repeats` turns each. Warming up is the caller's business."""
+    """Seconds a call, one figure a turn, `repeats` turns each; fewer, but 3 at least, once `enough` says so.
+
+    Warming up is the caller's business.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    for turn in range(repeats):
+        if turn >= 3 and enough():
+            break
         for name, call in calls.items():
             seconds[name].append(seconds_of(call, device, count))
     return seconds

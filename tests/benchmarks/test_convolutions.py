@@ -83,7 +83,8 @@ def test_bad_input(arguments: list[str], says: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(tmp_path: Path) -> None:
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # the command sets it; put back after
     file = tmp_path / "convolutions.json"
     arguments = ["--model", "resnet8", "--batch", "32", "--repeats", "2", "--json", str(file)]
     assert main(["bench", "convolutions", "--device", "cuda", *arguments]) == 0

@@ -218,8 +218,8 @@ def test_compiles_without_a_graph_break(device, norm):
 def test_more_elements_than_a_32_bit_offset_reaches():
     """2^31 + 2^20 elements, 30 GB: int64 offsets in the Linf step."""
     numel = 2**31 + 2**20
-    if torch.cuda.get_device_properties(0).total_memory < 40e9:
-        pytest.skip("needs 40 GB of GPU memory")
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of free GPU memory")
     x = torch.full((numel,), 0.5, device="cuda")
     x_adv, grad = x.clone(), torch.ones(numel, dtype=torch.bfloat16, device="cuda")
     pgd_step_(x_adv, x, grad, EPS, ALPHA)

@@ -238,7 +238,8 @@ def test_non_finite_as_pytorch(
     case.x[0, 1, 2, 3] = value
     case.x[3, 4, 0, 0] = value
     ours = _with_gradients(case, split_batch_norm, relu=relu)
-    theirs = _with_gradients(case, pytorch_split_bn, relu=relu)
+    with torch.backends.cudnn.flags(enabled=False):  # PyTorch's own, whichever library it would ask
+        theirs = _with_gradients(case, pytorch_split_bn, relu=relu)
     for name, a, b in zip(NAMES, ours, theirs, strict=False):
         if name in ("mean", "var"):  # Welford makes NaN of the infinity that a sum keeps; y is NaN either way
             assert torch.equal(a.isfinite(), b.isfinite())
@@ -270,6 +271,8 @@ def test_a_branch_does_not_see_the_other(device: torch.device, path: str) -> Non
 @gpu_only
 def test_offsets_past_two_to_the_31() -> None:
     """A (2, 64, 4096, 4224) bf16 batch has 2.2e9 elements: last rows come out as the first."""
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB of free GPU memory")
     torch.manual_seed(0)
     row = torch.randn(1, 64, 1, 4224, device="cuda").to(torch.bfloat16)
     x = row.expand(2, 64, 4096, 4224).contiguous(memory_format=torch.channels_last)
