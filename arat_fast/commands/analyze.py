@@ -112,7 +112,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.seed < 0:
         raise UserError(f"--seed is {options.seed}; expected at least 0")
     names = _chosen(options.what)
-    configs = [RunDirectory(run).config() for run in options.runs]
+    directories = [RunDirectory(run) for run in options.runs]
+    configs = [directory.config() for directory in directories]
+    for directory in directories:
+        directory.check_network()
     wanted = [
         _for_run(names, config, run, options.what == "all")
         for config, run in zip(configs, options.runs, strict=True)

@@ -152,6 +152,7 @@ def compared_run(directory: RunDirectory) -> dict[str, Any]:
     """One run: what it trained, its figures, speed (median images/s of its epochs) and hours of training."""
     config = directory.config()
     lines = directory.metrics()
+    model, dataset = directory.trained(config)
     figures = _summary_figures(directory, config)
     for name, figure in _record_figures(directory, config).items():
         if name not in figures or figure["n"] >= figures[name]["n"]:
@@ -159,8 +160,8 @@ def compared_run(directory: RunDirectory) -> dict[str, Any]:
     return {
         "run": str(directory.path),
         "label": description(config),
-        "model": config.model,
-        "dataset": config.dataset,
+        "model": model,
+        "dataset": dataset,
         "eps": format_pixels(config.evaluation.eps),
         "norm": config.evaluation.norm,
         "epoch": lines[-1]["epoch"] if lines else 0,

@@ -110,7 +110,9 @@ def main(arguments: Sequence[str]) -> int:
         return _sanity(options)
     attacks = [name.strip() for name in options.attacks.split(",") if name.strip()]
     check_attacks(attacks)
-    config = RunDirectory(options.run).config()
+    directory = RunDirectory(options.run)
+    config = directory.config()
+    directory.check_network()  # before any data is looked for
     use_threads(config.threads)
     _, test = sources.load(config.dataset, options.data_root or config.data_root, config.image_size)
     record = evaluate_run(options.run, test, attacks, device=pick_device(options.device), options=how)

@@ -37,6 +37,7 @@ def describe_run(directory: RunDirectory) -> dict[str, object]:
     """
     config = directory.config()
     lines = directory.metrics()
+    model, dataset = directory.trained(config)
     done = lines[-1]["epoch"] if lines else 0
     if directory.is_held():
         state = "running"
@@ -50,8 +51,8 @@ def describe_run(directory: RunDirectory) -> dict[str, object]:
         "run": str(directory.path),
         "method": config.method,
         "label": description(config),
-        "model": config.model,
-        "dataset": config.dataset,
+        "model": model,
+        "dataset": dataset,
         "state": state,
         "epoch": done,
         "epochs": config.epochs,

@@ -39,6 +39,7 @@ def load_run(run: Path, device: torch.device, weights: str = "auto") -> TrainedN
     """
     directory = RunDirectory(run)
     config = directory.config()
+    directory.check_network()
     path = directory.best if weights == "best" else directory.last
     state = load_checkpoint(path, device)
     available = [name for name in ("swa", "ema") if name in state["recalibrated"]]

@@ -107,9 +107,10 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], branch: str, sour
         state = under_our_names(state, wanted.keys())
         count = split_branches(state)
         layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
-        if count and (not layers or len(layers[0].branches) == 1):
-            state = single_branch(state, branch, ("clean", "adv"))
-            count = 0
+        if count == 1:  # a run of a method with one branch
+            state, count = single_branch(state, "adv", ("adv",)), 0
+        elif count and (not layers or len(layers[0].branches) == 1):
+            state, count = single_branch(state, branch, ("clean", "adv")), 0
     except ValueError as error:
         raise UserError(f"{source} cannot be read: {error}") from None
     _check_fit(model, state, source, count)

@@ -63,6 +63,32 @@ class RunDirectory:
             raise UserError(f"{self.path} is no run directory: it has no config.json")
         return load_recipe(str(self.config_file))
 
+    def own_network(self) -> str | None:
+        """The class of the network that a caller of `Trainer` brought; None for those of arat-fast."""
+        name = self._environment().get("own_network")
+        return None if name is None else str(name)
+
+    def trained(self, config: TrainConfig) -> tuple[str, str]:
+        """(model, data set) as the run's lists show them: a caller's own are not the configuration's."""
+        own_data = bool(self._environment().get("own_data"))
+        return self.own_network() or config.model, "own data" if own_data else config.dataset
+
+    def _environment(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / "environment.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def check_network(self) -> None:
+        """Raise UserError where only the caller of `Trainer` can build the network."""
+        name = self.own_network()
+        if name is not None:
+            raise UserError(
+                f"{self.path} trained a network of yours, {name}, which arat-fast cannot build: load its "
+                "weights with arat_fast.load_weights(model, 'last.pt')"
+            )
+
     def create(self, config: TrainConfig, environment: dict[str, object]) -> None:
         """Make the directory and write config.json and environment.json.
 

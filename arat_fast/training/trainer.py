@@ -79,6 +79,8 @@ class Trainer:
         else:
             self.train_images = self._own_data(loaders, model)
         self.directory = RunDirectory(Path(run_dir))
+        own_network = None if model is None else type(model).__name__
+        self._own = {"own_network": own_network, "own_data": loaders is not None}
         self.engine = build_engine(
             config,
             self.train_images.image_shape[2],
@@ -165,7 +167,8 @@ class Trainer:
         if resume and not continues:
             log.info("%s holds no run yet: starting one", self.directory.path)
         if self.world.is_main and not continues:
-            self.directory.create(self.config, environment(self.device) | {"world_size": self.world.size})
+            found = environment(self.device) | {"world_size": self.world.size}
+            self.directory.create(self.config, found | self._own)
         if not continues:
             return
         if self.world.is_main:

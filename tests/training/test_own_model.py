@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from arat_fast import methods
+from arat_fast import load_weights, methods
+from arat_fast.cli import main
 from arat_fast.config import ARATConfig, AttackConfig, TrainConfig
 from arat_fast.errors import UserError
 from arat_fast.loaders.torchvision_import import torchvision
@@ -100,6 +102,27 @@ def test_a_users_model_trains_resumes_and_keeps_its_names(
     x = next(iter(loader(shuffle=False)))[0].contiguous(memory_format=torch.channels_last)
     rest.network.eval()
     torch.testing.assert_close(plain(x), rest.network(x))
+
+
+def test_a_run_with_an_own_network_is_not_taken_for_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    Trainer(config(method="at", epochs=1), run_dir=str(run), model=Normalised(), loaders=loader()).run()
+    for command in ("runs", "compare"):
+        assert main([command, str(tmp_path if command == "runs" else run), "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert (found["model"], found["dataset"]) == ("Normalised", "own data")
+    for command in (["evaluate"], ["analyze"], ["export"]):
+        assert main([*command, str(run)]) == 2
+        assert "a network of yours, Normalised" in capsys.readouterr().err
+    torch.manual_seed(3)
+    model = load_weights(Normalised(), run / "last.pt")
+    saved = torch.load(run / "last.pt", weights_only=True)["method"]
+    assert torch.equal(model.state_dict()["conv2.weight"], saved["network.conv2.weight"])
+    assert torch.equal(model.state_dict()["bn1.weight"], saved["network.bn1.weight"][0])
+    split = load_weights(convert_split_bn(Normalised()), run / "last.pt")  # both branches
+    assert torch.equal(split.state_dict()["bn1.weight"], saved["network.bn1.weight"].expand(2, -1))
 
 
 def test_taps_by_hooks_are_the_pooled_relu_of_the_layer() -> None:
