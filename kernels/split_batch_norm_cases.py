@@ -41,9 +41,10 @@ def _recorded(
             yield from launch.record(
                 launch.batch_backward_triton, x, x, gate, relu, p, p, p, p, relu and has, eps
             )
-            yield from launch.record(
-                launch.batch_backward_triton, x, x, gate, relu, p, p, p, p, relu and has, eps, second=x
-            )
+            if relu:  # two gradients meet behind a block's ReLU
+                yield from launch.record(
+                    launch.batch_backward_triton, x, x, gate, True, p, p, p, p, has, eps, second=x
+                )
             gate = bits if relu else None
             yield from launch.record(
                 launch.input_gradient_triton,

@@ -10,6 +10,7 @@ interprets.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -17,7 +18,9 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.kernels.compile_cases import ALL_TARGETS, CompileCase, all_cases
 
+MOST_JOBS = 8
 ELEMENT_BYTES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
 
 
@@ -162,26 +166,14 @@ def line(result: Compiled) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line a compiled kernel, write JSON where asked, return the exit status."""
-    parser = argparse.ArgumentParser(prog="arat_fast.benchmarks.compile_only", description=__doc__)
-    parser.add_argument(
-        "--target",
-        action="append",
-        choices=ALL_TARGETS,
-        help="compile for this architecture only; may be repeated (default: all)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a JSON list")
-    options = parser.parse_args(arguments)
-    check_writable(options.json)
-    if triton.knobs.runtime.interpret:
-        raise SystemExit("TRITON_INTERPRET is set: nothing can be compiled; unset it")
-
+def _compile_part(task: tuple[int, int, Sequence[str]]) -> tuple[list[Compiled], list[str]]:
+    """Every so many-th case; prints a line a kernel. (What they need, what is wrong)"""
+    part, parts, targets = task
     results: list[Compiled] = []
     problems: list[str] = []
-    for case in all_cases():
+    for case in islice(all_cases(), part, None, parts):
         for target in case.targets:
-            if options.target and target not in options.target:
+            if target not in targets:
                 continue
             name = f"{target} {case.name} ({case.specialisation})"
             try:
@@ -198,6 +190,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     problems.append(
                         f"{name} loads {result.load_bytes} bytes at a time, not {case.load_bytes}"
                     )
+    return results, problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line a compiled kernel, write JSON where asked, return the exit status."""
+    parser = argparse.ArgumentParser(prog="arat_fast.benchmarks.compile_only", description=__doc__)
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=ALL_TARGETS,
+        help="compile for this architecture only; may be repeated (default: all)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a JSON list")
+    parser.add_argument("--jobs", type=int, default=0, help="processes (default: a core each, 8 at most)")
+    options = parser.parse_args(arguments)
+    check_writable(options.json)
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: nothing can be compiled; unset it")
+
+    results: list[Compiled] = []
+    problems: list[str] = []
+    parts = max(1, options.jobs or min(MOST_JOBS, os.cpu_count() or 1))
+    tasks = [(part, parts, options.target or ALL_TARGETS) for part in range(parts)]
+    with ProcessPoolExecutor(parts, multiprocessing.get_context("fork")) as pool:
+        for compiled, failed in pool.map(_compile_part, tasks):
+            results += compiled
+            problems += failed
     if options.json is not None:
         write_json(options.json, [asdict(result) for result in results])
     for problem in problems:
