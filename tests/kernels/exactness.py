@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,22 @@ class Canary:
         for buffer, numel in self._buffers:
             for margin in (buffer[: self.MARGIN], buffer[self.MARGIN + numel :]):
                 assert bool((margin.view(torch.uint8) == self.BYTE).all()), "a kernel wrote out of bounds"
+
+
+class GuardedAllocation:
+    """Stands in for `torch` in a launcher's module: what it allocates lies between a canary's margins."""
+
+    def __init__(self, canary: Canary) -> None:
+        self.canary = canary
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *size: Any, **options: Any) -> Tensor:
+        return self.canary.like(torch.empty(*size, **options))
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        return self.canary.like(torch.empty_like(tensor))
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

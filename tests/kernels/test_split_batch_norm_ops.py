@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import Canary, channels_last, compiled_only, relative_error
+from exactness import Canary, GuardedAllocation, channels_last, compiled_only, relative_error
 from torch import Tensor
 
 from arat_fast.kernels import split_batch_norm_launch as launch
@@ -244,18 +244,8 @@ def test_nothing_is_written_out_of_bounds(
     if not use_triton(torch.empty(0, device=device)):
         pytest.skip("PyTorch's own kernels run on the CPU")
 
-    class GuardedAllocation:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        def empty(self, *size: Any, **options: Any) -> Tensor:
-            return canary.like(torch.empty(*size, **options))
-
-        def empty_like(self, tensor: Tensor) -> Tensor:
-            return canary.like(torch.empty_like(tensor))
-
     monkeypatch.setattr(launch, "SMALL_ROWS", small_rows)
-    monkeypatch.setattr(launch, "torch", GuardedAllocation())
+    monkeypatch.setattr(launch, "torch", GuardedAllocation(canary))
     for c in (3, 17, 80):
         t = {
             name: canary.like(value) for name, value in tensors(device, dtype=dtype, c=c, n=6, size=7).items()
