@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .kernels.cpp_library import library
+
 PACKAGES = ("arat-fast", "torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack", "scikit-learn")
 
 
@@ -67,6 +69,7 @@ def environment(device: torch.device | None = None) -> dict[str, object]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpp_kernels": library("split_batch_norm") is not None,
         "gpu": gpu,
         "device": str(device) if device is not None else None,
         "revision": git_revision(),

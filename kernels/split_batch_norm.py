@@ -28,6 +28,8 @@ from torch import Tensor
 
 from . import split_batch_norm_joined, split_batch_norm_ops  # noqa: F401  register the ops
 from .compile_cases import CompileCase
+from .split_batch_norm_checks import check_batch
+from .split_batch_norm_cpp import EagerSplitBatchNorm, on_cpp_eagerly
 from .split_batch_norm_reference import split_batch_norm_reference
 
 __all__ = [
@@ -150,6 +152,10 @@ def split_batch_norm(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: expected both or neither")
     if running_mean is None or running_var is None:
+        if on_cpp_eagerly(x):
+            check_batch(x, weight, bias, residual)
+            y, mean, var = EagerSplitBatchNorm.apply(x, weight, bias, residual, relu, eps)
+            return y, mean, var
         y, _, mean, var = torch.ops.arat_fast.split_bn_batch(x, weight, bias, residual, relu, eps)
         return y, mean, var
     y, _ = torch.ops.arat_fast.split_bn_apply(x, running_mean, running_var, weight, bias, residual, relu, eps)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .dispatch import check_channels_last, check_same, check_tensor
 from .split_batch_norm_checks import check_backward
+from .split_batch_norm_cpp import batch_backward_cpp, on_cpp
 from .split_batch_norm_launch import batch_backward_triton
 from .split_batch_norm_ops import no_tensor, on_triton
 
@@ -63,9 +64,12 @@ def _joined_backward(
     check_backward(dy, x, gate, relu, weight=weight, bias=bias, mean=mean, var=var)
     _check_second(second, dy)
     arguments = (x, gate, relu, mean, var, weight, bias, residual_gradient, eps)
-    if not on_triton(x):
+    if on_triton(x):
+        dx, g, dweight, dbias = batch_backward_triton(dy, *arguments, second=second)
+    elif on_cpp(x) and (gate is None or gate.dtype == x.dtype):
+        dx, g, dweight, dbias = batch_backward_cpp(dy, second, *arguments)
+    else:
         return joined_backward_reference(dy, second, *arguments)
-    dx, g, dweight, dbias = batch_backward_triton(dy, *arguments, second=second)
     return dx, no_tensor(dy) if g is None else g, dweight, dbias
 
 

@@ -18,6 +18,7 @@ from .split_batch_norm_checks import (
     check_input_gradient,
     check_rows,
 )
+from .split_batch_norm_cpp import batch_backward_cpp, batch_forward_cpp, on_cpp
 from .split_batch_norm_cpu import (
     apply_cpu,
     batch_backward_cpu,
@@ -343,6 +344,8 @@ def _batch(
     if on_triton(x):
         save_bits = relu and residual is not None
         y, bits, mean, var = batch_forward_triton(x, weight, bias, residual, relu, save_bits, eps)
+    elif on_cpp(x):
+        y, mean, var = batch_forward_cpp(x, weight, bias, residual, relu, eps)
     elif x.device.type == "cpu":
         y, mean, var = batch_forward_cpu(x, weight, bias, residual, relu, eps)
     else:
@@ -378,6 +381,10 @@ def _batch_backward(
     if on_triton(x):
         dx, g, dweight, dbias = batch_backward_triton(
             dy, x, gate, relu, mean, var, weight, bias, residual_gradient, eps
+        )
+    elif on_cpp(x) and (gate is None or gate.dtype == x.dtype):
+        dx, g, dweight, dbias = batch_backward_cpp(
+            dy, None, x, gate, relu, mean, var, weight, bias, residual_gradient, eps
         )
     elif x.device.type == "cpu" and (not relu or gate is not None):
         dx, g, dweight, dbias = batch_backward_cpu(dy, gate if relu else None, x, mean, var, weight, eps)
@@ -415,7 +422,7 @@ def _batch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     y, bits, mean, var = output
     ctx.set_materialize_grads(False)
     gate = _gate(y, bits, ctx.relu)
-    if residual is None and on_triton(x):
+    if residual is None and (on_triton(x) or on_cpp(x)):
         gate = None
     ctx.save_for_backward(x, gate, mean, var, weight, bias)
     ctx.mark_non_differentiable(bits, mean, var)

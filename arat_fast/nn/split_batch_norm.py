@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..kernels.dispatch import use_triton
 from ..kernels.split_batch_norm import split_batch_norm
+from ..kernels.split_batch_norm_cpp import on_cpp
 from .branch_state import BranchState
 from .synchronised import synchronised_batch_norm
 
@@ -133,6 +134,7 @@ class SplitBatchNorm2d(nn.Module):
             and self.state.group is None
             and self.momentum is not None
             and not torch.compiler.is_compiling()
+            and not on_cpp(x)
             and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
             and x.is_contiguous(memory_format=torch.channels_last)
             and x.shape[1] == self.num_features < x.numel()

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from exactness import assert_as_accurate_as, channels_last, gpu_only
 from torch import Tensor
 
+from arat_fast.kernels import split_batch_norm_cpp
 from arat_fast.kernels import split_batch_norm_launch as launch
+from arat_fast.kernels.cpp_library import library
 from arat_fast.kernels.dispatch import INTERPRETING
 from arat_fast.kernels.split_batch_norm import split_batch_norm, split_batch_norm_reference
 
@@ -23,13 +25,14 @@ WRN = [(3, 16, 32, 32), (1, 160, 16, 16), (1, 320, 8, 8), (1, 640, 3, 3)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["one launch where few rows", "streaming"])
+@pytest.fixture(params=["first", "second"])
 def path(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both kernel paths for every shape; the CPU has one."""
-    if request.param == "streaming":
-        if device.type == "cpu" and not INTERPRETING:
-            pytest.skip("the CPU has one path")
+    """Both kernel paths for every shape: one launch and streaming; on the CPU C++ and PyTorch's kernels."""
+    if request.param == "second":
         monkeypatch.setattr(launch, "SMALL_ROWS", 0)
+        monkeypatch.setattr(split_batch_norm_cpp, "DTYPES", ())
+    elif device.type == "cpu" and not INTERPRETING and library("split_batch_norm") is None:
+        pytest.skip("no C++ compiler")
     return str(request.param)
 
 
