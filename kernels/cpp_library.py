@@ -1,8 +1,9 @@
 """Compile and load the C++ kernels, once a machine: `library("split_batch_norm")` is split_batch_norm.cpp.
 
-Plain functions on pointers: no header of PyTorch, so a compiler takes seconds and the result serves every torch.
-It is kept in the cache folder (`XDG_CACHE_HOME` or ~/.cache) under a name that says what it was made of: source,
-compiler, flags and the processor's features. OpenMP's threads are PyTorch's own where both name one runtime.
+Plain functions on pointers: no header of PyTorch, so a compiler takes seconds and what it makes serves every
+torch. It is kept in the cache folder (`XDG_CACHE_HOME` or ~/.cache) under a name that says what it was made
+of: source, compiler, flags and the processor's features. OpenMP's threads are PyTorch's own where both name
+one runtime.
 
 Without a compiler, or with ARAT_FAST_CPP=0, there is none, and PyTorch's kernels run.
 """
@@ -28,6 +29,7 @@ FLAGS = (
     # No errno and no traps; products and sums contract, wherever a value is computed twice.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
+DIGEST = hashlib.sha256().digest_size
 SECONDS = 120.0  # a compiler that takes longer is left alone
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,18 @@ def _compile(source: Path, target: Path, compiler: str) -> None:
         made = Path(folder) / target.name
         command = [compiler, *FLAGS, str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        with made.open("ab") as file:  # what follows its sections a loader does not read
+            file.write(hashlib.sha256(made.read_bytes()).digest())
         made.replace(target)
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether the file ends in its own digest: to load one that was cut short would end the process."""
+    try:
+        content = target.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
 
 
 def _load(name: str) -> ctypes.CDLL:
@@ -73,16 +86,15 @@ def _load(name: str) -> ctypes.CDLL:
     made_of = (source.read_bytes(), version, " ".join(FLAGS).encode(), _features().encode())
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     target = _folder() / f"{name}-{key}.so"
-    if not target.exists():
-        try:
+    try:
+        if not _is_whole(target):
             _compile(source, target, compiler)
-        except OSError:  # a home that cannot be written: this process's own
-            own = Path(tempfile.mkdtemp(prefix="arat-fast-")) / target.name
+        return ctypes.CDLL(str(target))
+    except OSError:  # a home that cannot be written, or not be run from: this process's own
+        with tempfile.TemporaryDirectory(prefix="arat-fast-") as folder:
+            own = Path(folder) / target.name
             _compile(source, own, compiler)
-            loaded = ctypes.CDLL(str(own))
-            shutil.rmtree(own.parent)  # what is loaded stays
-            return loaded
-    return ctypes.CDLL(str(target))
+            return ctypes.CDLL(str(own))  # what is loaded stays when the file goes
 
 
 @functools.cache
@@ -95,8 +107,8 @@ def library(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning(
-            "the C++ kernels are left out, PyTorch's run instead: %s. Install g++ for the full speed on a CPU, "
-            "or set %s=0 to say that this is meant",
+            "the C++ kernels are left out, PyTorch's run instead: %s. Install g++ for the full speed "
+            "on a CPU, or set %s=0 to say that this is meant",
             said[-1] if said else type(error).__name__,
             SWITCH,
         )

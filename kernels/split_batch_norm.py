@@ -154,7 +154,7 @@ def split_batch_norm(
     if running_mean is None or running_var is None:
         if on_cpp_eagerly(x):
             check_batch(x, weight, bias, residual)
-            y, mean, var = EagerSplitBatchNorm.apply(x, weight, bias, residual, relu, eps)
+            y, mean, var = EagerSplitBatchNorm.apply(x, weight, bias, residual, relu, eps)  # type: ignore[no-untyped-call]
             return y, mean, var
         y, _, mean, var = torch.ops.arat_fast.split_bn_batch(x, weight, bias, residual, relu, eps)
         return y, mean, var

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-
 from typing import Any
 
 import torch
@@ -22,19 +21,18 @@ __all__ = ["EagerSplitBatchNorm", "batch_backward_cpp", "batch_forward_cpp", "on
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_SHAPE = [_INT, _LONG, _LONG, _LONG]
-_REST = [_INT, _FLOAT, _POINTER, _INT]
+_SHAPE: list[Any] = [ctypes.c_int, *[ctypes.c_int64] * 3]
+_REST: list[Any] = [ctypes.c_int, ctypes.c_float, ctypes.c_void_p, ctypes.c_int]
 
 
 @functools.cache
 def _functions() -> ctypes.CDLL | None:
     functions = library("split_batch_norm")
     if functions is not None:
-        functions.scratch_floats.argtypes = [_LONG] * 3
-        functions.scratch_floats.restype = _LONG
-        functions.split_bn_forward.argtypes = [*_SHAPE, *[_POINTER] * 7, *_REST]
-        functions.split_bn_backward.argtypes = [*_SHAPE, *[_POINTER] * 12, *_REST]
+        functions.scratch_floats.argtypes = [ctypes.c_int64] * 3
+        functions.scratch_floats.restype = ctypes.c_int64
+        functions.split_bn_forward.argtypes = [*_SHAPE, *[ctypes.c_void_p] * 7, *_REST]
+        functions.split_bn_backward.argtypes = [*_SHAPE, *[ctypes.c_void_p] * 12, *_REST]
         functions.split_bn_forward.restype = functions.split_bn_backward.restype = None
     return functions
 
@@ -72,9 +70,7 @@ def batch_forward_cpp(
     scratch = _scratch(functions, shape)
     y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     pointers = (_pointer(t) for t in (x, residual, y, weight, bias, mean, var))
-    functions.split_bn_forward(
-        *shape, *pointers, int(relu), eps, _pointer(scratch), torch.get_num_threads()
-    )
+    functions.split_bn_forward(*shape, *pointers, int(relu), eps, _pointer(scratch), torch.get_num_threads())
     return y, mean, var
 
 
@@ -103,17 +99,15 @@ def batch_backward_cpp(
     g = torch.empty_like(x) if residual_gradient else None
     tensors = (dy, second, x, y, dx, g, weight, bias, mean, var, dweight, dbias)
     pointers = (_pointer(t) for t in tensors)
-    functions.split_bn_backward(
-        *shape, *pointers, int(relu), eps, _pointer(scratch), torch.get_num_threads()
-    )
+    functions.split_bn_backward(*shape, *pointers, int(relu), eps, _pointer(scratch), torch.get_num_threads())
     return dx, g, dweight, dbias
 
 
 class EagerSplitBatchNorm(torch.autograd.Function):
-    """`(y, mean, var) = apply(x, weight, bias, residual, relu, eps)`: the op `split_bn_batch`, called directly.
+    """`(y, mean, var) = apply(x, weight, bias, residual, relu, eps)`: op `split_bn_batch`, called directly.
 
-    An op's way through PyTorch's dispatcher and its Python takes longer than a small layer. Arguments as the
-    op has checked them.
+    An op's way through PyTorch's dispatcher and its Python takes longer than a small layer. The arguments
+    are those that `check_batch` accepts.
     """
 
     @staticmethod
@@ -143,6 +137,7 @@ class EagerSplitBatchNorm(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         need_residual = ctx.needs_input_grad[3]
         through = need_residual and ctx.relu
+        g: Tensor | None
         if torch.is_grad_enabled():  # create_graph=True
             dx, g, dweight, dbias = backward_reference(dy, x, y, ctx.relu, weight, bias, ctx.eps)
         else:
