@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-from .kernels.cpp_library import library
-
 PACKAGES = ("arat-fast", "torch", "torchvision", "triton", "numpy", "ffcv", "pyautoattack", "scikit-learn")
 
 
@@ -51,7 +49,6 @@ def cpu_name() -> str:
 
 def environment(device: torch.device | None = None) -> dict[str, object]:
     """Versions, processor, GPU (if any), threads, revision and the device in use, as JSON values."""
-    on_cpu = device is None or device.type == "cpu"
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -70,7 +67,6 @@ def environment(device: torch.device | None = None) -> dict[str, object]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpp_kernels": library("split_batch_norm") is not None if on_cpu else None,
         "gpu": gpu,
         "device": str(device) if device is not None else None,
         "revision": git_revision(),

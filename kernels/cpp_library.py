@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["SWITCH", "library"]
+__all__ = ["SWITCH", "has_cpp_kernels", "library"]
 
 SWITCH = "ARAT_FAST_CPP"
 FLAGS = (
@@ -113,3 +113,8 @@ def library(name: str) -> ctypes.CDLL | None:
             SWITCH,
         )
         return None
+
+
+def has_cpp_kernels() -> bool:
+    """Whether CPU tensors meet C++ kernels here; compiles them."""
+    return library("split_batch_norm") is not None

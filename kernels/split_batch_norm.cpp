@@ -23,7 +23,8 @@ constexpr int BYTES = 16;
 constexpr int LANES = BYTES / 4;
 constexpr int UNROLLED = 4;             // vectors of channels whose sums stay in registers
 constexpr int64_t CHUNK = 16384;        // elements
-constexpr int64_t MOST_ROWS = 512;      // of a chunk: bounds the error of its sums
+constexpr int64_t MOST_ROWS = 512;      // of a chunk
+constexpr int64_t RUN = 16;             // rows summed up before they join a chunk's sum: keeps its rounding small
 constexpr int64_t HEAD = 8;             // rows whose mean a chunk is shifted by
 
 using bf16 = uint16_t;
@@ -69,6 +70,8 @@ template <class F> inline void over_channels(int64_t channels, F &f) {
   if (c < channels) f.template tile<1, true>(c, int(channels - c));
 }
 
+inline int64_t run_end(int64_t row, int64_t rows) { return row + RUN < rows ? row + RUN : rows; }
+
 struct Shape {
   int64_t branches, rows, channels;
   int64_t per_chunk() const {
@@ -100,12 +103,19 @@ template <class T> struct ChunkStatistics {
     for (int64_t r = 0; r < head; r++)
       for (int k = 0; k < K; k++) shift[k] += load<T, PART>(x + r * channels + c + k * LANES, lanes);
     for (int k = 0; k < K; k++) shift[k] /= float(head);
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows;) {
+      Vector run[K] = {}, run_squares[K] = {};
+      for (const int64_t end = run_end(r, rows); r < end; r++)
+        for (int k = 0; k < K; k++) {
+          const Vector d = load<T, PART>(x + r * channels + c + k * LANES, lanes) - shift[k];
+          run[k] += d;
+          run_squares[k] += d * d;
+        }
       for (int k = 0; k < K; k++) {
-        const Vector d = load<T, PART>(x + r * channels + c + k * LANES, lanes) - shift[k];
-        sum[k] += d;
-        squares[k] += d * d;
+        sum[k] += run[k];
+        squares[k] += run_squares[k];
       }
+    }
     for (int k = 0; k < K; k++) {
       const Vector m = sum[k] / float(rows), q = squares[k] - sum[k] * m;
       store<float, PART>(mean + c + k * LANES, lanes, shift[k] + m);
@@ -208,15 +218,22 @@ template <class T, Gate GATE, bool JOIN, bool KEEP> struct ChunkSums {
       s[k] = load<float, PART>(scale + c + k * LANES, lanes);
       b[k] = load<float, PART>(bias + c + k * LANES, lanes);
     }
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows;) {
+      Vector g_run[K] = {}, gd_run[K] = {};
+      for (const int64_t end = run_end(r, rows); r < end; r++)
+        for (int k = 0; k < K; k++) {
+          const int64_t i = r * channels + c + k * LANES;
+          const Vector d = load<T, PART>(x + i, lanes) - m[k];
+          const Vector g = in.template at<PART>(i, lanes, d, s[k], b[k]);
+          if (KEEP) store<T, PART>(kept + i, lanes, g);
+          g_run[k] += g;
+          gd_run[k] += g * d;
+        }
       for (int k = 0; k < K; k++) {
-        const int64_t i = r * channels + c + k * LANES;
-        const Vector d = load<T, PART>(x + i, lanes) - m[k];
-        const Vector g = in.template at<PART>(i, lanes, d, s[k], b[k]);
-        if (KEEP) store<T, PART>(kept + i, lanes, g);
-        g_sum[k] += g;
-        gd_sum[k] += g * d;
+        g_sum[k] += g_run[k];
+        gd_sum[k] += gd_run[k];
       }
+    }
     for (int k = 0; k < K; k++) {
       store<float, PART>(sum_g + c + k * LANES, lanes, g_sum[k]);
       store<float, PART>(sum_gd + c + k * LANES, lanes, gd_sum[k]);
@@ -225,9 +242,9 @@ template <class T, Gate GATE, bool JOIN, bool KEEP> struct ChunkSums {
 };
 
 // dx = scale·g + slope·(x − mean) + shift
-template <class T, Gate GATE, bool JOIN, bool KEEP> struct InputGradient {
+template <class T, Gate GATE, bool JOIN> struct InputGradient {
   Incoming<T, GATE, JOIN> in;
-  const T *x, *kept;
+  const T *x;
   T *dx;
   int64_t rows, channels;
   const float *mean, *scale, *bias, *slope, *shift;
@@ -244,7 +261,7 @@ template <class T, Gate GATE, bool JOIN, bool KEEP> struct InputGradient {
       for (int k = 0; k < K; k++) {
         const int64_t i = r * channels + c + k * LANES;
         const Vector d = load<T, PART>(x + i, lanes) - m[k];
-        const Vector g = KEEP ? load<T, PART>(kept + i, lanes) : in.template at<PART>(i, lanes, d, s[k], b[k]);
+        const Vector g = in.template at<PART>(i, lanes, d, s[k], b[k]);
         store<T, PART>(dx + i, lanes, s[k] * g + (a[k] * d + o[k]));
       }
   }
@@ -277,32 +294,42 @@ template <class T> struct BackwardArguments {
   int threads;
 };
 
+template <class T, Gate GATE, bool JOIN>
+Incoming<T, GATE, JOIN> incoming(const BackwardArguments<T> &t, int64_t i) {
+  return {t.dy + i, JOIN ? t.second + i : nullptr, t.x + i, GATE == FROM_Y ? t.y + i : nullptr};
+}
+
 template <class T, Gate GATE, bool JOIN, bool KEEP> void backward(const Shape &s, const BackwardArguments<T> &t) {
-  const int64_t rows = s.branches * s.channels;
-  float *partial = t.scratch, *scale = partial + 2 * s.all() * s.channels, *slope = scale + rows,
-        *shift = slope + rows;
+  const int64_t values = s.branches * s.channels;
+  float *partial = t.scratch, *scale = partial + 2 * s.all() * s.channels, *slope = scale + values,
+        *shift = slope + values;
+  // What has been kept is read again, through an open gate.
+  constexpr Gate AGAIN = KEEP ? OPEN : GATE;
+  constexpr bool JOIN_AGAIN = !KEEP && JOIN;
+  BackwardArguments<T> again = t;
+  if (KEEP) again.dy = t.kept;
 #pragma omp parallel num_threads(s.threads(t.threads))
   {
 #pragma omp for schedule(static)
-    for (int64_t q = 0; q < rows; q++) scale[q] = t.weight[q] / std::sqrt(t.var[q] + t.eps);
+    for (int64_t q = 0; q < values; q++) scale[q] = t.weight[q] / std::sqrt(t.var[q] + t.eps);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < s.all(); k++) {
       const int64_t i = s.offset(k), b = s.branch(k) * s.channels;
       float *p = partial + 2 * k * s.channels;
-      ChunkSums<T, GATE, JOIN, KEEP> chunk{{t.dy + i, JOIN ? t.second + i : nullptr, t.x + i, GATE == FROM_Y ? t.y + i : nullptr},
-                                           t.x + i, KEEP ? t.kept + i : nullptr, s.length(k), s.channels,
-                                           t.mean + b, scale + b, t.bias + b, p, p + s.channels};
+      ChunkSums<T, GATE, JOIN, KEEP> chunk{incoming<T, GATE, JOIN>(t, i), t.x + i, KEEP ? t.kept + i : nullptr,
+                                           s.length(k), s.channels, t.mean + b, scale + b, t.bias + b, p,
+                                           p + s.channels};
       over_channels(s.channels, chunk);
     }
 #pragma omp for schedule(static)
-    for (int64_t q = 0; q < rows; q++)
+    for (int64_t q = 0; q < values; q++)
       combine_sums(s, q, partial, scale, t.var, t.eps, t.dweight, t.dbias, slope, shift);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < s.all(); k++) {
       const int64_t i = s.offset(k), b = s.branch(k) * s.channels;
-      InputGradient<T, GATE, JOIN, KEEP> chunk{{t.dy + i, JOIN ? t.second + i : nullptr, t.x + i, GATE == FROM_Y ? t.y + i : nullptr},
-                                               t.x + i, KEEP ? t.kept + i : nullptr, t.dx + i, s.length(k), s.channels,
-                                               t.mean + b, scale + b, t.bias + b, slope + b, shift + b};
+      InputGradient<T, AGAIN, JOIN_AGAIN> chunk{incoming<T, AGAIN, JOIN_AGAIN>(again, i), t.x + i, t.dx + i,
+                                                s.length(k), s.channels, t.mean + b, scale + b, t.bias + b,
+                                                slope + b, shift + b};
       over_channels(s.channels, chunk);
     }
   }

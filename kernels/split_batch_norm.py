@@ -13,8 +13,8 @@ bits where a residual hides its sign; backward 5·e (dy and x twice, dx once), +
 and x is not read.
 
 Where the ReLU let through is one bit an element, or nothing at all: with batch statistics and no residual,
-backward reads x anyway and finds the sign again from it. On the CPU backward reads y, which the next layer
-keeps alive.
+backward reads x anyway and finds the sign again from it. On the CPU y stands in for the bits, which the next
+layer keeps alive. The CPU's kernels are C++ (`split_batch_norm_cpp`), PyTorch's where no compiler is.
 
 Four ops compose (statistics, apply; reduce, input gradient), so that synchronised BN can all-reduce between
 them; `split_bn_batch` and its backward fuse them into fewer launches. All are functional: running statistics

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from arat_fast.environment import environment
+from arat_fast.kernels.cpp_library import has_cpp_kernels
 
 if TYPE_CHECKING:
     from arat_fast.benchmarks.ceilings import Ceilings
@@ -44,6 +45,8 @@ def conditions(device: torch.device, ceilings: Ceilings | None, **more: object) 
         "peers": peers(),
         "float32_convolutions": float32_products(device),
     }
+    if device.type == "cpu":
+        found["cpp_kernels"] = has_cpp_kernels()
     if ceilings is not None:
         found |= ceilings.fields()
     return found | more

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from arat_fast.environment import environment
+from arat_fast.kernels.cpp_library import has_cpp_kernels
 from arat_fast.training.build import pick_device
 
 
@@ -20,5 +21,6 @@ class EnvOptions:
 def main(arguments: Sequence[str]) -> int:
     """Print the environment as JSON."""
     tyro.cli(EnvOptions, args=list(arguments), prog="arat-fast env", config=(tyro.conf.AvoidSubcommands,))
-    print(json.dumps(environment(pick_device("auto")), indent=2))
+    found = environment(pick_device("auto")) | {"cpp_kernels": has_cpp_kernels()}
+    print(json.dumps(found, indent=2))
     return 0

@@ -18,6 +18,7 @@ from arat_fast.config import TrainConfig, to_mapping
 from arat_fast.environment import environment
 from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
+from arat_fast.kernels.cpp_library import has_cpp_kernels
 from arat_fast.loaders.choose import open_stream
 from arat_fast.loaders.images import ImageSet, ImageSource, check_labels
 from arat_fast.loaders.stream import WHOLE, Batch, Shard, Stream
@@ -168,6 +169,8 @@ class Trainer:
             log.info("%s holds no run yet: starting one", self.directory.path)
         if self.world.is_main and not continues:
             found = environment(self.device) | {"world_size": self.world.size}
+            if self.device.type == "cpu" and self.config.engine == "fast":
+                found["cpp_kernels"] = has_cpp_kernels()
             self.directory.create(self.config, found | self._own)
         if not continues:
             return
