@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from arat_fast.loaders.stream import Shard
 T = TypeVar("T")
 # Rank 0 may validate while the others wait.
 _TIMEOUT = datetime.timedelta(hours=12)
+_LAST_WORK = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ def leave_world() -> None:
     """End communication; what follows is rank 0's alone."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Gloo's threads let go of the last sums' tensors after everybody has them, and need the interpreter for
+        # it: one that found it shutting down aborted the process, once in thirty runs that ended right after a
+        # sum (pytorch/pytorch#179291). So it is theirs for a moment.
+        time.sleep(_LAST_WORK)
 
 
 class _TrainingPass(nn.Module):

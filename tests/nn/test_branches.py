@@ -27,7 +27,7 @@ def x() -> torch.Tensor:
 def assert_equal_to_originals(split: nn.Module, originals: dict[str, nn.Module], x: torch.Tensor) -> None:
     """Outputs, weight gradients and running statistics of a "both" batch against one original a branch.
 
-    Deep networks in float64: in float32 a ReLU whose argument changes sign by rounding moves gradients by 1 %.
+    Deep networks in float64: in float32 a ReLU that rounding opens or closes moves gradients by 1 %.
     """
     use_branch(split, "both")
     parts = [x + 0.1 * k for k in range(len(originals))]
