@@ -15,6 +15,10 @@ BENCHMARKS = {
     "loaders": ("arat_fast.benchmarks.loaders", "images/s of each loader alone"),
     "ceilings": ("arat_fast.benchmarks.ceilings", "what the device can do at most: products and copies"),
     "convolutions": ("arat_fast.benchmarks.convolutions", "a network's convolutions alone: what they allow"),
+    "rest": (
+        "arat_fast.benchmarks.rest",
+        "an iteration without its convolutions, against the eager reference",
+    ),
     "all": ("arat_fast.benchmarks.everything", "all of them, small: a summary, one JSON, pictures"),
     "doctor": ("arat_fast.benchmarks.doctor", "what bounds a training run here, and what to do about it"),
     "plots": ("arat_fast.benchmarks.plots", "pictures of the JSON that the others wrote"),

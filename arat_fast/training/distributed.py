@@ -118,9 +118,9 @@ def leave_world() -> None:
     """End communication; what follows is rank 0's alone."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        # Gloo's threads let go of the last sums' tensors after everybody has them, and need the interpreter for
-        # it: one that found it shutting down aborted the process, once in thirty runs that ended right after a
-        # sum (pytorch/pytorch#179291). So it is theirs for a moment.
+        # Gloo's threads let go of the last sums' tensors after everybody has them, and need the interpreter
+        # for it: one that found it shutting down aborted the process, in one of thirty runs that ended right
+        # after a sum (pytorch/pytorch#179291). So it is theirs for a moment.
         time.sleep(_LAST_WORK)
 
 
