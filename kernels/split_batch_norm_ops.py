@@ -386,7 +386,9 @@ def _batch_backward(
         dx, g, dweight, dbias = batch_backward_cpp(
             dy, None, x, gate, relu, mean, var, weight, bias, residual_gradient, eps
         )
-    elif x.device.type == "cpu" and (not relu or gate is not None):
+    elif x.device.type == "cpu" and (gate is None or gate.dtype == x.dtype):
+        if relu and gate is None:  # a cached graph of a process that had the C++ kernels
+            gate = apply_cpu(x, mean, var, weight, bias, None, relu, eps)
         dx, g, dweight, dbias = batch_backward_cpu(dy, gate if relu else None, x, mean, var, weight, eps)
         g = g if relu else g.clone()
     else:

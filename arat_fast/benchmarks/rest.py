@@ -2,10 +2,10 @@
 
     arat-fast bench rest [--device cpu] [--model resnet18] [--batch 64] [--compile on] [--json FILE]
 
-The variants of `arat-fast bench step`, with every convolution replaced by one that takes no time: its output
-and its gradients are constants of the right shape, dtype and layout, three of each in turn, so that they come
-from memory as a convolution's result does. What is computed means nothing and is not checked; the other
-benchmark does. BatchNorm, ReLU, additions, casts, the losses, the PGD steps, the optimizer and the host are
+The variants of `arat-fast bench step`, with every convolution replaced by one that computes nothing: its
+output and its gradients are copies of constants, of the right shape, dtype and layout, and to write them is
+the least that any convolution does. What comes out means nothing and is not checked; the other benchmark does
+that. BatchNorm, ReLU, additions, casts, the losses, the PGD steps, the optimizer and the host are
 what remains. Together with `arat-fast bench convolutions` this tells how an iteration would fare where
 convolutions are faster than here.
 
@@ -14,7 +14,7 @@ Not the attacks on running statistics: folded, they have little left but convolu
 
 from __future__ import annotations
 
-import itertools
+import functools
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +36,6 @@ from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.training.build import check_model, pick_device, use_threads
 from arat_fast.training.precision import Precision, resolve_precision
 
-IN_TURN = 3
 LEFT_OUT = {*BASELINES, PLAIN, "fast-guarded", "fast-no-bf16"}
 
 
@@ -66,29 +65,21 @@ class RestOptions:
     """Write the figures and their conditions to this file."""
 
 
-class _Constants:
-    """Tensors by shape and dtype, made once; the same few in turn."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[object, ...], Iterator[Tensor]] = {}
-
-    def __call__(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        key = (*shape, like.dtype, like.device)
-        if key not in self._made:
-            made = [
-                torch.randn(tuple(shape), device=like.device).to(
-                    like.dtype, memory_format=torch.channels_last
-                )
-                for _ in range(IN_TURN)
-            ]
-            self._made[key] = itertools.cycle(made)
-        return next(self._made[key]).detach()
+@functools.cache
+def _constant(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    values = torch.randn(shape, device=device)
+    return values.to(dtype, memory_format=torch.channels_last)
 
 
-_constants = _Constants()
+def _copy(shape: Sequence[int], like: Tensor) -> Tensor:
+    # Of its own: what an operator returns, a compiler may write over.
+    return _constant(tuple(shape), like.dtype, like.device).clone()
+
+
 _library = torch.library.Library("arat_fast_bench", "DEF")
-_library.define("convolution(Tensor x, Tensor w, int stride, int padding) -> Tensor")
-_library.define("convolution_backward(Tensor x, Tensor w, bool need_x, bool need_w) -> (Tensor, Tensor)")
+_library.define("constant_convolution(Tensor x, Tensor w, int stride, int padding) -> Tensor")
+# The gradient of the output is not looked at; without it a compiler would leave out whatever computes it.
+_library.define("constant_gradients(Tensor dy, Tensor x, Tensor w, bool of_x, bool of_w) -> (Tensor, Tensor)")
 
 
 def _output_shape(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
@@ -97,13 +88,14 @@ def _output_shape(x: Tensor, w: Tensor, stride: int, padding: int) -> tuple[int,
 
 
 def _convolution(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
-    return _constants(_output_shape(x, w, stride, padding), x)
+    return _copy(_output_shape(x, w, stride, padding), x)
 
 
-def _convolution_backward(x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-    return tuple(
-        _constants(t.shape, t) if needed else t.new_empty(0) for t, needed in ((x, need_x), (w, need_w))
-    )  # type: ignore[return-value]
+def _convolution_backward(dy: Tensor, x: Tensor, w: Tensor, of_x: bool, of_w: bool) -> tuple[Tensor, Tensor]:
+    def one(t: Tensor, needed: bool) -> Tensor:
+        return _copy(t.shape, t) if needed else t.new_empty(0)
+
+    return one(x, of_x), one(w, of_w)
 
 
 def _fake(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
@@ -111,28 +103,30 @@ def _fake(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
-def _fake_backward(x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-    def like(t: Tensor, needed: bool) -> Tensor:
+def _fake_backward(dy: Tensor, x: Tensor, w: Tensor, of_x: bool, of_w: bool) -> tuple[Tensor, Tensor]:
+    def one(t: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(t, memory_format=torch.channels_last) if needed else t.new_empty(0)
 
-    return like(x, need_x), like(w, need_w)
+    return one(x, of_x), one(w, of_w)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
-def _backward(ctx: Any, _dy: Tensor) -> tuple[Tensor | None, ...]:
-    need_x, need_w = ctx.needs_input_grad[:2]
-    dx, dw = torch.ops.arat_fast_bench.convolution_backward(*ctx.saved_tensors, need_x, need_w)
-    return dx if need_x else None, dw if need_w else None, None, None
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, of_w = ctx.needs_input_grad[:2]
+    dx, dw = torch.ops.arat_fast_bench.constant_gradients(dy, *ctx.saved_tensors, of_x, of_w)
+    return dx if of_x else None, dw if of_w else None, None, None
 
 
-_library.impl("convolution", _convolution, "CompositeExplicitAutograd")
-_library.impl("convolution_backward", _convolution_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("arat_fast_bench::convolution", _fake, lib=_library)
-torch.library.register_fake("arat_fast_bench::convolution_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("arat_fast_bench::convolution", _backward, setup_context=_setup, lib=_library)
+_library.impl("constant_convolution", _convolution, "CompositeExplicitAutograd")
+_library.impl("constant_gradients", _convolution_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("arat_fast_bench::constant_convolution", _fake, lib=_library)
+torch.library.register_fake("arat_fast_bench::constant_gradients", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "arat_fast_bench::constant_convolution", _backward, setup_context=_setup, lib=_library
+)
 
 
 def _forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,7 +134,7 @@ def _forward(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -
         half = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(half), weight.to(half)
     stride, padding = layer.stride[0], layer.padding[0]
-    y: Tensor = torch.ops.arat_fast_bench.convolution(x, weight, stride, padding)
+    y: Tensor = torch.ops.arat_fast_bench.constant_convolution(x, weight, stride, padding)
     return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
 
