@@ -1,7 +1,7 @@
 """Split batch normalisation on a CPU in C++: split_batch_norm.cpp, fp32 and bf16, batch statistics.
 
-One parallel region a pass, ReLU and residual within it, both branches at once: forward 1.5 to 2.8 times as fast
-as PyTorch's channels-last kernels, backward 1.7 to 6 times (ResNet-18's layers; table in bench/NOTES.md).
+One parallel region a pass, ReLU and residual within it, both branches at once: forward 1.5 to 2.8 times as
+fast as PyTorch's channels-last kernels, backward 1.7 to 6 times (ResNet-18's layers; bench/NOTES.md).
 """
 
 from __future__ import annotations

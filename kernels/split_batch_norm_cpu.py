@@ -1,10 +1,10 @@
 """Split batch normalisation on a CPU by PyTorch's channels-last kernels, one call a branch, into slices.
 
-For what the C++ kernels do not take: float64, fp16, given statistics, a machine without a compiler. Chosen by
-measurement (one core, 128 × 64 × 32 × 32, BN + add + ReLU, forward): 6.6 ms in bf16 and 22 ms in fp32, against
-93 and 85 ms for the (B, R, C) view compiled by Inductor, 170 and 113 ms for the view in eager mode. Slices of
-the batch are views, so nothing is copied; ReLU and the residual work in place on y, and backward reads y
-instead of a bit mask.
+For what the C++ kernels do not take: float64, fp16, given statistics, a machine without a compiler. Chosen
+by measurement (one core, 128 × 64 × 32 × 32, BN + add + ReLU, forward): 6.6 ms in bf16 and 22 ms in fp32,
+against 93 and 85 ms for the (B, R, C) view compiled by Inductor, 170 and 113 ms for the view in eager mode.
+Slices of the batch are views, so nothing is copied; ReLU and the residual work in place on y, and backward
+reads y instead of a bit mask.
 """
 
 import torch
