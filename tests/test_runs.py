@@ -115,7 +115,7 @@ def test_damaged_results_are_left_out(
     assert json.loads(capsys.readouterr().out)[0]["figures"] == {}
 
 
-@pytest.mark.parametrize("damage", ["[]", "5", '{"epoch": 1}', '{"epoch": "1", "loss": 1}', None])
+@pytest.mark.parametrize("damage", ["[]", "5", '{"epoch": 1}', '{"epoch": "1", "loss": 1}', "{\n5", None])
 def test_damaged_metrics_make_a_run_unreadable(
     damage: str | None, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,11 @@ import torch
 from arat_fast.errors import TrainingError, UserError
 
 FORMAT = 1
+# Of every checkpoint; `Trainer.state_dict` says what each is.
+ENTRIES = (
+    *("config", "image_shape", "num_classes", "training_images", "method", "optimizer", "averages"),
+    *("epoch", "batch", "sums", "images_seen", "seconds", "best_accuracy", "balance", "recalibrated", "seed"),
+)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -51,7 +56,7 @@ def _sync_folder(folder: Path) -> None:
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`.
 
-    Raises UserError for a missing, truncated, foreign or newer file.
+    Raises UserError for a missing, truncated, foreign, newer or incomplete file.
     """
     if not path.is_file():
         raise UserError(
@@ -72,5 +77,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if state["format"] != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {state['format']!r}; this one reads {FORMAT}. Upgrade arat-fast"
+        )
+    if missing := [name for name in ENTRIES if name not in state]:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: it was changed or is damaged; restore a copy, or train again"
         )
     return state

@@ -167,12 +167,15 @@ class RunDirectory:
             text = self.metrics_file.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {self.metrics_file} ({error}): restore or remove it") from None
-        lines = []
-        for number, line in enumerate(text.splitlines(), 1):
+        lines: list[dict[str, Any]] = []
+        written = text.splitlines()
+        for number, line in enumerate(written, 1):
             try:
                 values = json.loads(line)
             except json.JSONDecodeError:
-                break
+                if number == len(written):
+                    break
+                values = None
             if not _is_metrics(values):
                 raise UserError(
                     f"{self.metrics_file}, line {number}, is damaged: expected an object with the numbers "
