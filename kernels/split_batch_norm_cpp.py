@@ -112,21 +112,19 @@ class EagerSplitBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        eps: float,
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
-        y, mean, var = batch_forward_cpp(x, weight, bias, residual, relu, eps)
-        ctx.relu, ctx.eps = relu, eps
-        ctx.save_for_backward(x, y if relu and residual is not None else None, mean, var, weight, bias)
+        return batch_forward_cpp(x, weight, bias, residual, relu, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep what backward reads. (Apart from `forward`, so that torch.func.grad works too.)"""
+        x, weight, bias, residual, ctx.relu, ctx.eps = inputs
+        y, mean, var = output
+        ctx.save_for_backward(x, y if ctx.relu and residual is not None else None, mean, var, weight, bias)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _mean: None, _var: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]

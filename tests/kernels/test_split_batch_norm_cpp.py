@@ -223,6 +223,19 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
         assert not split_batch_norm(x, t["weight"], t["bias"])[0].requires_grad
 
 
+@needs_cpp
+def test_functional_gradients() -> None:
+    t = some((4, 16, 5), 2, torch.float32)
+
+    def loss(x: Tensor) -> Tensor:
+        y = split_batch_norm(x, t["weight"], t["bias"], residual=t["residual"], relu=True)[0]
+        return (y * t["dy"]).sum()
+
+    x = t["x"].clone(memory_format=torch.preserve_format).requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(t["x"]), expected)
+
+
 # ---- where there is no library ----
 
 
