@@ -25,6 +25,7 @@ constexpr int UNROLLED = 4;             // vectors of channels whose sums stay i
 constexpr int64_t CHUNK = 16384;        // elements
 constexpr int64_t MOST_ROWS = 512;      // of a chunk
 constexpr int64_t RUN = 16;             // rows summed up before they join a chunk's sum: keeps its rounding small
+constexpr int64_t PER_THREAD = 32768;   // elements, at least: PyTorch's grain
 constexpr int64_t HEAD = 8;             // rows whose mean a chunk is shifted by
 
 using bf16 = uint16_t;
@@ -86,7 +87,11 @@ struct Shape {
   }
   int64_t branch(int64_t k) const { return k / chunks(); }
   int64_t offset(int64_t k) const { return (branch(k) * rows + k % chunks() * per_chunk()) * channels; }
-  int threads(int most) const { return all() < most ? int(all()) : most; }
+  // As many as have enough to do, and a chunk each: what waits for another costs more than a small layer.
+  int threads(int most) const {
+    const int64_t busy = branches * rows * channels / PER_THREAD, useful = busy < all() ? busy : all();
+    return useful < 1 ? 1 : useful < most ? int(useful) : most;
+  }
 };
 
 // ---- forward ----
