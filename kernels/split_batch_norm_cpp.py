@@ -57,7 +57,8 @@ def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
 
 
 def _scratch(functions: ctypes.CDLL, shape: tuple[int, int, int, int]) -> Tensor:
-    return torch.empty(functions.scratch_floats(*shape[1:]))
+    # Whatever the default dtype and device are.
+    return torch.empty(functions.scratch_floats(*shape[1:]), dtype=torch.float32, device="cpu")
 
 
 def batch_forward_cpp(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exactness import assert_as_accurate_as, channels_last
+from exactness import Canary, GuardedAllocation, assert_as_accurate_as, channels_last
 from torch import Tensor
 
 from arat_fast.kernels import cpp_library, split_batch_norm_cpp
@@ -218,6 +218,22 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
     assert t["weight"].grad is None
     with torch.no_grad():
         assert not split_batch_norm(x, t["weight"], t["bias"])[0].requires_grad
+
+
+@needs_cpp
+def test_default_dtype_and_device_do_not_matter(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = some((4, 48, 16), 2, torch.float32)
+    expected = batch_forward_cpp(t["x"], t["weight"], t["bias"], None, True, EPS)
+    monkeypatch.setattr(split_batch_norm_cpp, "torch", GuardedAllocation(canary))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = batch_forward_cpp(t["x"], t["weight"], t["bias"], None, True, EPS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with torch.device("meta"):
+        found = batch_forward_cpp(t["x"], t["weight"], t["bias"], None, True, EPS)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @needs_cpp
