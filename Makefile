@@ -30,11 +30,11 @@ types: $(READY)
 
 # make test-plain        every test, kernels by their twins in plain PyTorch
 test-plain: $(READY)
-	@$(BIN)/python -m pytest -q -n auto -m "not gpu"
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu"
 
 # make test-interpreted  the kernel tests again, the kernels themselves run by Triton's interpreter
 test-interpreted: $(READY)
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto -m "not gpu" tests/kernels
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu" tests/kernels
 
 # make compile-kernels   compile every kernel for eight GPUs without one: registers, spills, load widths
 compile-kernels: $(READY)
@@ -45,7 +45,7 @@ compile-kernels: $(READY)
 
 # make test-quick        tests without the slow ones
 test-quick: $(READY)
-	@$(BIN)/python -m pytest -q -n auto -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu"
 
 # make test-oldest       the kernel tests on Python 3.12, torch 2.11 and Triton 3.6, in .venv-oldest
 test-oldest:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: each call in a process of its own."""
+"""The command line as a user meets it: runs in processes of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from arat_fast.cli import main
 
 TINY = ["--config", "digits", "--limit-train", "96", "--batch-size", "32", "--attack.steps", "2",
         "--evaluation.steps", "2", "--evaluation.limit", "40", "--device", "cpu"]  # fmt: skip
@@ -140,13 +143,23 @@ def test_real_cifar10_on_a_cpu(cifar_root: Path, tmp_path: Path) -> None:
         (["bench", "step", "--prepared", "absent.json"], ["--prepared absent.json", "--prepare"]),
     ],
 )  # fmt: skip
-def test_mistakes_get_one_clear_message(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
-    if "cuda" in arguments:
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("there is a GPU here")
-    assert_one_message(arat_fast(*arguments, cwd=tmp_path), *parts)
+def test_mistakes_get_one_clear_message(
+    arguments: list[str],
+    parts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # tyro's own messages
+        code = int(error.code or 0)
+    assert code == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in parts), message
 
 
 def test_env_is_json() -> None:

@@ -111,21 +111,17 @@ def load_width(loads: Counter[int], streamed: int) -> int | None:
 
 
 def _nvidia(compiled: Any) -> tuple[int, int, int | None]:
-    ptx = compiled.asm["ptx"]
-    match = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
-    assert match is not None
-    blackwell = int(match[2]) >= 100
-    tool = triton.knobs.nvidia.ptxas_blackwell if blackwell else triton.knobs.nvidia.ptxas
+    """Of the machine code itself. Its stack is what spills: no kernel of ours has a local array."""
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name={match[1]}", str(source), "-o", str(cubin)]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", log)
-    assert registers is not None, log
-    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found is not None, usage
     streamed = stream_bytes(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps)
-    return int(registers[1]), spills, load_width(nvidia_loads(ptx), streamed)
+    width = load_width(nvidia_loads(compiled.asm["ptx"]), streamed)
+    return int(found[1]), int(found[2]) + int(found[3]), width
 
 
 def _amd(compiled: Any) -> tuple[int, int, int | None]:

@@ -172,9 +172,7 @@ def test_compiled_whole(how: str, x: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     original = resnet18()
     model = accelerate(copy.deepcopy(original), split_bn=True, precision="fp32", compile="by" in how)
     use_branch(model, "adv")
-    torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
-    counters.clear()
     forward = model if model.report.compiled else compiled(lambda images: model(images))
     torch.testing.assert_close(forward(x.float()), original(x.float()), rtol=1e-3, atol=1e-3)
     graphs = counters["stats"]["unique_graphs"]

@@ -157,7 +157,6 @@ def test_features_tapped_by_hooks(compiled: bool) -> None:
     model, original = pair(own.Functional)
     layers = ("blocks.0.bn1", "blocks.0.bn2")
     taps = TapHooks(model, layers)
-    torch._dynamo.reset()
     forward = torch.compile(taps, backend="aot_eager", fullgraph=True) if compiled else taps
     logits, features = forward(X)
     expected = {}

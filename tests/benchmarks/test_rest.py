@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,13 @@ def test_shapes_types_and_layouts_are_a_convolutions(compiled: bool) -> None:
     x = torch.rand(2, 3, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
     inputs = (x, layer.weight)
 
-    def run() -> list[torch.Tensor]:
-        y = layer(x)
+    def run(forward: Callable[[torch.Tensor], torch.Tensor] = layer) -> list[torch.Tensor]:
+        y = forward(x)
         return [y, *torch.autograd.grad(y.sum(), inputs)]
 
     expected = run()
     with constant_convolutions():
-        found = (torch.compile(run, fullgraph=False) if compiled else run)()
+        found = run(torch.compile(layer, fullgraph=True)) if compiled else run()
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
     for one, other in zip(found, expected, strict=True):

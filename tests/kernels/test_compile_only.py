@@ -53,7 +53,8 @@ import dataclasses, itertools, sys
 import arat_fast.kernels.compile_cases as compile_cases
 from arat_fast.benchmarks import compile_only
 from arat_fast.kernels import pgd
-case = dataclasses.replace(next(pgd.compile_cases()), **eval(sys.argv[2]))
+case = next(pgd.compile_cases())
+case = dataclasses.replace(case, **eval(sys.argv[2]))
 compile_only.all_cases = lambda: [case]
 sys.exit(compile_only.main(["--json", sys.argv[1], "--target", "sm_90", "--target", "gfx942"]))
 """
@@ -65,6 +66,7 @@ sys.exit(compile_only.main(["--json", sys.argv[1], "--target", "sm_90", "--targe
         ("{}", 0, "0 problems"),
         ("{'load_bytes': 32}", 1, "loads 16 bytes"),
         ("{'args': ()}", 1, "does not compile"),
+        ("{'meta': case.meta | {'num_warps': 1, 'maxnreg': 24}}", 1, "spills"),
     ],
 )
 def test_compiles_without_a_gpu(tmp_path, change, status, message):

@@ -31,8 +31,6 @@ CASES: dict[str, Callable[[], Method]] = {
 
 def two_steps(make: Callable[[], Method]) -> tuple[TrainStep, TrainStep]:
     """Eager and compiled, from equal weights."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     return tuple(step_of(pair(0, torch.float32)[1], make(), compiled=c) for c in (False, True))  # type: ignore[return-value]
 
 

@@ -22,7 +22,6 @@ class Scaled:
 
 
 def test_a_process_compiles_more_variants_than_torch_s_limit() -> None:
-    torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit
     for k in range(limit + 3):
         compiled = torch.compile(Scaled(k).__call__, fullgraph=True, dynamic=False, backend="eager")

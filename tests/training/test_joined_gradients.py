@@ -79,7 +79,6 @@ def test_a_compiled_input_gradient_joins_at_every_block_but_the_last() -> None:
         def uuid(self) -> None:
             return None  # out of any cache
 
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model = models.create_model("resnet8", 10, 3).to(memory_format=torch.channels_last)
     blocks = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()) // 2

@@ -226,7 +226,6 @@ def test_attack_graph_computes_no_weight_gradient() -> None:
         graphs.append(graph)
         return graph
 
-    torch._dynamo.reset()  # what other tests compiled would make shapes dynamic
     _, ours, fast = pair("resnet", ARATConfig(), torch.float32)
     step = step_of(ours, fast)
     step.attack.compiled_gradient = torch.compile(
@@ -255,7 +254,6 @@ def test_compiled_iterations_equal_the_reference_and_compile_once() -> None:
     method, ours, fast = pair("resnet", ARATConfig(), torch.float64)
     step, optimizer = step_of(ours, fast, compiled=True), sgd(method)
     x, labels = images()
-    torch._dynamo.utils.counters.clear()
     for k in range(4):
         expected = reference.train_step(method, optimizer, x, labels, steps=3, random=False)
         metrics = step(x, labels)
