@@ -52,6 +52,20 @@ def test_help_names_the_commands_and_costs_no_import() -> None:
         assert flag in train.stdout
 
 
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--epoch", "3"], ["runs", "."]])
+def test_torch_is_not_waited_for_where_nothing_needs_it(arguments: list[str], tmp_path: Path) -> None:
+    script = f"""import sys
+from arat_fast.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+sys.exit("torch" in sys.modules)"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stdout + result.stderr
+
+
 def test_dry_run_prints_configuration_and_cost() -> None:
     result = arat_fast("train", "--config", "arat-cifar10-resnet18", "--dry-run", "--attack.eps", "4/255")
     assert result.returncode == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arat_fast.analysis import pictures
-from arat_fast.analysis.run import form_label, groups, series_labels
+from arat_fast.analysis.labels import form_label, groups, series_labels
 
 Results = Sequence[Mapping[str, Any]]
 

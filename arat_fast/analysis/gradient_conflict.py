@@ -152,13 +152,6 @@ def in_form(method: reference.ARAT, form: str) -> reference.ARAT:
     return other
 
 
-def form_of(config: TrainConfig) -> str | None:
-    """Which of "naive" and "stop-gradient" the run was trained with; None for another form."""
-    if config.arat.invariance == "stopgrad":
-        return "stop-gradient"
-    return "naive" if config.arat.invariance == "symmetric" and not config.arat.predictor else None
-
-
 @contextmanager
 def _undisturbed(method: reference.ARAT) -> Iterator[None]:
     """Train mode inside; modes, branches, running statistics and predictors' statistics put back."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from tqdm import tqdm
 from arat_fast.analysis.collect import collected
 from arat_fast.analysis.gradient_conflict import (
     check_invariance,
-    form_of,
     measure_conflict,
     reference_method,
     summarise,
 )
 from arat_fast.analysis.images import attack_as_trained, attacked_batches, check_fits, training_batches
+from arat_fast.analysis.labels import description, form_of
 from arat_fast.analysis.margin import measure_margin
 from arat_fast.analysis.mixture import epoch_variance, measure_mixture
 from arat_fast.analysis.tradeoff import MULTIPLES, measure_epsilons, measure_tradeoff
@@ -32,9 +31,6 @@ from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import counter_seed
 
 ANALYSES = ("conflict", "mixture", "margin", "tradeoff", "epsilons")
-# Keys in which runs of one experiment may differ: what they compute on, and the seed.
-_INCIDENTAL = ("seed", "data_root", "device", "threads", "loader", "workers", "engine", "compile", "capture",
-               "analysis_every")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,57 +154,3 @@ def _conflict(
         "forms": {form: summarise(conflicts) for form, conflicts in measured.items()},
         "collected": collected(run).conflict,
     }
-
-
-def description(config: TrainConfig) -> str:
-    """The method and how it differs from its plain form: `arat`, `arat, naive`, `trades + EMR`."""
-    parts: list[str] = [config.method]
-    if config.method == "arat":
-        arat = config.arat
-        if form_of(config) == "naive":
-            parts.append("naive")
-        else:
-            parts += [arat.invariance] if arat.invariance != "stopgrad" else []
-            parts += ["no predictor"] if not arat.predictor and arat.invariance != "none" else []
-        parts += [] if arat.split_bn else ["no split BN"]
-        parts += [] if arat.auto_balance else ["no auto-balance"]
-        parts += [arat.distance] if arat.distance != "cosine" else []
-    return ", ".join(parts) + (" + EMR" if config.emr.coefficient else "")
-
-
-def form_label(conflict: Mapping[str, Any], form: str) -> str:
-    """How a form of the loss is called beside the others: `naive`, `stop-gradient, as trained`."""
-    return f"{conflict['trained_form']}, as trained" if form == "trained" else form
-
-
-def short_names(runs: Sequence[str]) -> list[str]:
-    """Folder names of runs, with as many folders above as tell them apart."""
-    paths = [Path(run).resolve().parts for run in runs]
-    for depth in range(1, max(map(len, paths), default=1) + 1):
-        names = ["/".join(parts[-depth:]) for parts in paths]
-        if len(set(names)) == len(set(paths)):
-            return names
-    return list(runs)
-
-
-def series_labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each run of a picture: what it trained where that tells all apart, else its folder."""
-    labels = [str(result["label"]) for result in results]
-    return labels if len(set(labels)) == len(labels) else short_names([r["run"] for r in results])
-
-
-def groups(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs of one experiment together, by what they trained: those whose configurations differ in the seed
-    alone; every run by itself where two experiments would have one name.
-    """
-
-    def essence(result: Mapping[str, Any]) -> str:
-        return repr(sorted((k, v) for k, v in result["config"].items() if k not in _INCIDENTAL))
-
-    names = Counter(label for label, _ in {(r["label"], essence(r)) for r in results})
-    if any(count > 1 for count in names.values()):
-        return {n: [r] for n, r in zip(short_names([r["run"] for r in results]), results, strict=True)}
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        grouped.setdefault(result["label"], []).append(result)
-    return grouped

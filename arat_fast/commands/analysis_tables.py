@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from arat_fast.analysis.labels import form_label, short_names
 from arat_fast.analysis.margin import QUANTILES
-from arat_fast.analysis.run import form_label, short_names
 from arat_fast.commands.table import format_table
 from arat_fast.pixels import format_pixels
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from arat_fast.analysis.run import description, short_names
+from arat_fast.analysis.labels import description, short_names
 from arat_fast.commands.table import format_table, title
 from arat_fast.config import TrainConfig
 from arat_fast.errors import UserError

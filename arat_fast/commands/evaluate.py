@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from arat_fast.analysis.run import description
+from arat_fast.analysis.labels import description
 from arat_fast.commands.table import accuracy_table
 from arat_fast.config import Pixels
 from arat_fast.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from arat_fast.analysis.run import description
+from arat_fast.analysis.labels import description
 from arat_fast.commands.table import format_table, title
 from arat_fast.errors import UserError
 from arat_fast.training.directory import LAST_GOOD, RunDirectory

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from arat_fast.analysis.collect import Collector, collected
-from arat_fast.analysis.run import ANALYSES, AnalysisOptions, analyse_run, description, groups, short_names
+from arat_fast.analysis.labels import description, groups, short_names
+from arat_fast.analysis.run import ANALYSES, AnalysisOptions, analyse_run
 from arat_fast.cli import main
 from arat_fast.config import TrainConfig, load_recipe, to_mapping
 from arat_fast.evaluation.accuracy import binomial_error

@@ -13,13 +13,13 @@ from arat_fast import reference
 from arat_fast.analysis.gradient_conflict import (
     Conflict,
     check_invariance,
-    form_of,
     gradient_conflict,
     in_form,
     measure_conflict,
     reference_method,
     summarise,
 )
+from arat_fast.analysis.labels import form_of
 from arat_fast.config import TrainConfig
 from arat_fast.errors import UserError
 
