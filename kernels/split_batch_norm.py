@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import split_batch_norm_joined, split_batch_norm_ops  # noqa: F401  register the ops
+from . import split_batch_norm_batch_ops, split_batch_norm_joined  # noqa: F401  register the ops
 from .compile_cases import CompileCase
 from .split_batch_norm_checks import check_batch
 from .split_batch_norm_cpp import EagerSplitBatchNorm, on_cpp_eagerly

@@ -1,9 +1,4 @@
-"""Launchers of the split-BN kernels: block shapes from the tensor's shape alone, never from the GPU's name.
-
-So the same shapes give the same bits on every GPU of one architecture. A program of a reduction has 4 warps
-and 4 KiB of an activation in registers at a time; about 1,024 programs share a reduction, which keeps 132
-multiprocessors full and leaves at most 1,024 partial results a channel.
-"""
+"""Launchers of the split-BN kernels: one to three launches for each op."""
 
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -14,7 +9,8 @@ from torch import Tensor
 
 from . import split_batch_norm_triton as forward
 from . import split_batch_norm_triton_backward as backward
-from .dispatch import INTERPRETING, on_device
+from .dispatch import on_device
+from .split_batch_norm_plan import cdiv, combination, elementwise, reduction, small
 
 __all__ = [
     "Launch",
@@ -31,8 +27,6 @@ __all__ = [
 # Up to here one program runs down a whole column of the layer, twice, the second time out of L1 or L2.
 # 4 × 4 layers at batch 128 a branch have 2,048 rows.
 SMALL_ROWS = 2048
-# Of a reduction, about: 4 to 8 a multiprocessor on the largest GPUs.
-PROGRAMS = 1024
 
 
 class Launch(NamedTuple):
@@ -41,72 +35,6 @@ class Launch(NamedTuple):
     kernel: Any
     args: tuple[object, ...]
     meta: dict[str, object]
-
-
-class Reduction(NamedTuple):
-    """How rows are shared among the programs of a reduction."""
-
-    steps: int
-    unroll: int
-    block_r: int
-    block_c: int
-    splits: int
-
-    @property
-    def rows(self) -> int:
-        """Rows a program reads."""
-        return self.steps * self.unroll * self.block_r
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def channel_block(channels: int, largest: int = 64) -> int:
-    """Channels a tile spans: the widest power of two that divides them, else one that covers them."""
-    for block in (64, 32, 16):
-        if block <= largest and channels % block == 0:
-            return block
-    return min(64, max(8, _power_of_two(channels)))
-
-
-def reduction(rows: int, channels: int, branches: int, itemsize: int, streams: int) -> Reduction:
-    """Plan for `streams` activations read together."""
-    block_c = channel_block(channels)
-    # 8 to 16 accumulators and two loads of 32 bytes a thread; with twice of either, ptxas spills at 64 or 72
-    # registers.
-    wide = channels % 8 == 0  # else each element has an address of its own
-    block_r = (4096 // itemsize if wide else 1024) // block_c
-    unroll = 2 // streams
-    columns = branches * _cdiv(channels, block_c)
-    programs = max(1, PROGRAMS // columns)
-    steps = _power_of_two(_cdiv(rows, block_r * unroll * programs))
-    return Reduction(steps, unroll, block_r, block_c, _cdiv(rows, block_r * unroll * steps))
-
-
-def combination(splits: int) -> tuple[int, int]:
-    """(BLOCK_S, BLOCK_C) of the kernels that add up partial results: 4,096 elements at most."""
-    block_s = _power_of_two(splits)
-    return block_s, max(4, min(32, 4096 // block_s))
-
-
-def elementwise(channels: int, itemsize: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_C) of the kernels that write an activation: 8 KiB of each stream a program."""
-    block_c = channel_block(channels)
-    tile = 8192 // itemsize if channels % 8 == 0 else 2048
-    return tile * (8 if INTERPRETING else 1) // block_c, block_c  # programs are what costs when interpreting
-
-
-def small(rows: int, channels: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(STEPS, BLOCK_R, BLOCK_C, num_warps) of the one-launch kernels: narrow columns, many warps."""
-    block_c = channel_block(channels, largest=16)
-    # 64 bytes of each stream a thread; with 128, backward needs 253 of the 255 registers in fp32.
-    block_r = min(16384 // itemsize // block_c, max(16, _power_of_two(rows)))
-    return _cdiv(rows, block_r), block_r, block_c, max(1, min(8, block_r * block_c // 512))
 
 
 # While set, launches are written down instead of done: the compile-only check sees exactly what a trainer
@@ -140,7 +68,7 @@ def _shape(x: Tensor, branches: int) -> tuple[int, int]:
 
 def _new_bits(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    return torch.empty(n * h * w, _cdiv(c, 8), dtype=torch.uint8, device=x.device)
+    return torch.empty(n * h * w, cdiv(c, 8), dtype=torch.uint8, device=x.device)
 
 
 def gate_kind(gate: Tensor | None, relu: bool) -> int:
@@ -160,7 +88,7 @@ def statistics_triton(x: Tensor, branches: int) -> tuple[Tensor, Tensor]:
     with on_device(x):
         _launch(
             forward.statistics_partial_kernel,
-            (plan.splits, _cdiv(c, plan.block_c), branches),
+            (plan.splits, cdiv(c, plan.block_c), branches),
             x,
             partial,
             rows,
@@ -173,7 +101,7 @@ def statistics_triton(x: Tensor, branches: int) -> tuple[Tensor, Tensor]:
         )
         _launch(
             forward.statistics_combine_kernel,
-            (_cdiv(c, block_c), branches),
+            (cdiv(c, block_c), branches),
             partial,
             mean,
             var,
@@ -208,7 +136,7 @@ def apply_triton(
     with on_device(x):
         _launch(
             forward.apply_kernel,
-            (_cdiv(rows, block_r), _cdiv(c, block_c), branches),
+            (cdiv(rows, block_r), cdiv(c, block_c), branches),
             x,
             x if residual is None else residual,
             mean,
@@ -255,7 +183,7 @@ def reduce_triton(
     with on_device(x):
         _launch(
             backward.reduce_partial_kernel,
-            (plan.splits, _cdiv(c, plan.block_c), branches),
+            (plan.splits, cdiv(c, plan.block_c), branches),
             dy,
             dy if second is None else second,
             dy if joined is None else joined,
@@ -279,7 +207,7 @@ def reduce_triton(
         )
         _launch(
             backward.reduce_combine_kernel,
-            (_cdiv(c, block_c), branches),
+            (cdiv(c, block_c), branches),
             partial,
             var,
             sum_g,
@@ -318,7 +246,7 @@ def input_gradient_triton(
     with on_device(dy):
         _launch(
             backward.input_gradient_kernel,
-            (_cdiv(rows, block_r), _cdiv(c, block_c), branches),
+            (cdiv(rows, block_r), cdiv(c, block_c), branches),
             dy,
             dy if x is None else x,
             dy if gate is None else gate,
@@ -367,7 +295,7 @@ def batch_forward_triton(
     with on_device(x):
         _launch(
             forward.small_forward_kernel,
-            (_cdiv(c, block_c), branches),
+            (cdiv(c, block_c), branches),
             x,
             x if residual is None else residual,
             weight,
@@ -430,7 +358,7 @@ def batch_backward_triton(
     with on_device(x):
         _launch(
             backward.small_backward_kernel,
-            (_cdiv(c, block_c), branches),
+            (cdiv(c, block_c), branches),
             dy,
             dy if second is None else second,
             x,

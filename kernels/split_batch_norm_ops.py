@@ -1,4 +1,4 @@
-"""The registered ops of split batch normalisation: implementation by device, fake and autograd formulas.
+"""The composable ops of split batch normalisation: implementation by device, fake and autograd formulas.
 
 Each is functional. Backward ops take a gate, which tells where the ReLU let through: packed bits (uint8), the
 output y itself (off Triton), or None: found again from x. Triton, PyTorch's CPU kernels or the reference run.
@@ -14,21 +14,16 @@ from .split_batch_norm_checks import (
     check_activation,
     check_apply,
     check_backward,
-    check_batch,
     check_input_gradient,
     check_rows,
 )
-from .split_batch_norm_cpp import batch_backward_cpp, batch_forward_cpp, on_cpp
 from .split_batch_norm_cpu import (
     apply_cpu,
     batch_backward_cpu,
-    batch_forward_cpu,
     input_gradient_cpu,
 )
 from .split_batch_norm_launch import (
     apply_triton,
-    batch_backward_triton,
-    batch_forward_triton,
     input_gradient_triton,
     reduce_triton,
     statistics_triton,
@@ -36,10 +31,8 @@ from .split_batch_norm_launch import (
 from .split_batch_norm_reference import (
     apply_reference,
     as_branches,
-    backward_reference,
     input_gradient_reference,
     reduce_reference,
-    split_batch_norm_reference,
     statistics_reference,
     through_relu_reference,
 )
@@ -55,7 +48,8 @@ def no_tensor(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype)
 
 
-def _bits_like(x: Tensor) -> Tensor:
+def bits_like(x: Tensor) -> Tensor:
+    """Room for a bit an element, packed by channel."""
     n, c, h, w = x.shape
     return x.new_empty((n * h * w, (c + 7) // 8), dtype=torch.uint8)
 
@@ -116,18 +110,18 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     check_apply(x, mean, var, weight, bias, residual)
-    return torch.empty_like(x), _bits_like(x) if relu and on_triton(x) else no_tensor(x, torch.uint8)
+    return torch.empty_like(x), bits_like(x) if relu and on_triton(x) else no_tensor(x, torch.uint8)
 
 
-def _gate(y: Tensor, bits: Tensor, relu: bool) -> Tensor | None:
+def saved_gate(y: Tensor, bits: Tensor, relu: bool) -> Tensor | None:
     """What backward reads to know where ReLU let through."""
     if not relu:
         return None
     return bits if on_triton(y) else y
 
 
-def _channels_last_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    # Autograd chooses this layout, not the caller: a mean over pixels hands back an expanded tensor.
+def channels_last_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the kernels want it. Autograd chose its layout: a mean over pixels hands back an expanded tensor."""
     return dy.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -137,7 +131,7 @@ def _apply_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
     parameter_gradients = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     ctx.save_for_backward(
-        x if parameter_gradients else None, _gate(*output, ctx.relu), mean, var, weight, bias
+        x if parameter_gradients else None, saved_gate(*output, ctx.relu), mean, var, weight, bias
     )
     ctx.mark_non_differentiable(output[1])
 
@@ -146,7 +140,7 @@ def _apply_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tens
     if dy is None:
         return (None,) * 8
     x, gate, mean, var, weight, bias = ctx.saved_tensors
-    dy = _channels_last_gradient(dy, ctx.dtype)
+    dy = channels_last_gradient(dy, ctx.dtype)
     need_x, _, _, need_weight, need_bias, need_residual, _, _ = ctx.needs_input_grad
     dx = dweight = dbias = None
     dresidual = dy if need_residual else None
@@ -310,7 +304,7 @@ def _input_gradient_backward(
     dy, x, gate, mean, var, weight, bias = ctx.saved_tensors
     d_dy = d_weight = None
     if d_dx is not None:
-        d_dx = _channels_last_gradient(
+        d_dx = channels_last_gradient(
             d_dx, gate.dtype if gate is not None and gate.is_floating_point() else d_dx.dtype
         )
         d_dy, _ = torch.ops.arat_fast.split_bn_input_gradient(
@@ -322,7 +316,7 @@ def _input_gradient_backward(
             d_weight = (g * towards).sum(1) * torch.rsqrt(var + ctx.eps)
     if d_dresidual is not None and d_dresidual.numel():
         n, c, h, w = d_dresidual.shape
-        d_dresidual = _channels_last_gradient(d_dresidual, d_dresidual.dtype)
+        d_dresidual = channels_last_gradient(d_dresidual, d_dresidual.dtype)
         g = through_relu_reference(d_dresidual, x, gate, ctx.relu, mean, var, weight, bias, ctx.eps)
         through = g.to(d_dresidual.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
         d_dy = through if d_dy is None else d_dy + through
@@ -330,123 +324,3 @@ def _input_gradient_backward(
 
 
 _input_gradient.register_autograd(_input_gradient_backward, setup_context=_input_gradient_setup)
-
-
-# ---- fused, statistics of the batch ----
-
-
-@torch.library.custom_op("arat_fast::split_bn_batch", mutates_args=())
-def _batch(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_batch(x, weight, bias, residual)
-    bits = None
-    if on_triton(x):
-        save_bits = relu and residual is not None
-        y, bits, mean, var = batch_forward_triton(x, weight, bias, residual, relu, save_bits, eps)
-    elif on_cpp(x):
-        y, mean, var = batch_forward_cpp(x, weight, bias, residual, relu, eps)
-    elif x.device.type == "cpu":
-        y, mean, var = batch_forward_cpu(x, weight, bias, residual, relu, eps)
-    else:
-        y, mean, var = split_batch_norm_reference(x, weight, bias, residual=residual, relu=relu, eps=eps)
-    return y, no_tensor(x, torch.uint8) if bits is None else bits, mean, var
-
-
-@_batch.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_batch(x, weight, bias, residual)
-    save_bits = on_triton(x) and relu and residual is not None
-    bits = _bits_like(x) if save_bits else no_tensor(x, torch.uint8)
-    return torch.empty_like(x), bits, torch.empty_like(weight), torch.empty_like(weight)
-
-
-@torch.library.custom_op("arat_fast::split_bn_batch_backward", mutates_args=())
-def _batch_backward(
-    dy: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    relu: bool,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual_gradient: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_backward(dy, x, gate, relu, weight=weight, bias=bias, mean=mean, var=var)
-    g: Tensor | None
-    if on_triton(x):
-        dx, g, dweight, dbias = batch_backward_triton(
-            dy, x, gate, relu, mean, var, weight, bias, residual_gradient, eps
-        )
-    elif on_cpp(x) and (gate is None or gate.dtype == x.dtype):
-        dx, g, dweight, dbias = batch_backward_cpp(
-            dy, None, x, gate, relu, mean, var, weight, bias, residual_gradient, eps
-        )
-    elif x.device.type == "cpu" and (gate is None or gate.dtype == x.dtype):
-        if relu and gate is None:  # a cached graph of a process that had the C++ kernels
-            gate = apply_cpu(x, mean, var, weight, bias, None, relu, eps)
-        dx, g, dweight, dbias = batch_backward_cpu(dy, gate if relu else None, x, mean, var, weight, eps)
-        g = g if relu else g.clone()
-    else:
-        dbias, dweight = reduce_reference(dy, x, gate, relu, mean, var, weight, bias, eps)
-        count = x.numel() // weight.numel()
-        dx, g = input_gradient_reference(
-            dy, x, gate, relu, mean, var, weight, bias, dbias / count, dweight / count, eps
-        )
-        g = g if relu else g.clone()
-    return dx, g if residual_gradient and g is not None else no_tensor(dy), dweight, dbias
-
-
-@_batch_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    relu: bool,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual_gradient: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_backward(dy, x, gate, relu, weight=weight, bias=bias, mean=mean, var=var)
-    dresidual = torch.empty_like(dy) if residual_gradient else no_tensor(dy)
-    return torch.empty_like(dy), dresidual, torch.empty_like(weight), torch.empty_like(weight)
-
-
-def _batch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, residual, ctx.relu, ctx.eps = inputs
-    y, bits, mean, var = output
-    ctx.set_materialize_grads(False)
-    gate = _gate(y, bits, ctx.relu)
-    if residual is None and (on_triton(x) or on_cpp(x)):
-        gate = None
-    ctx.save_for_backward(x, gate, mean, var, weight, bias)
-    ctx.mark_non_differentiable(bits, mean, var)
-
-
-def _batch_grad(
-    ctx: Any, dy: Tensor | None, _bits: Tensor | None, _mean: Tensor | None, _var: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 6
-    x, gate, mean, var, weight, bias = ctx.saved_tensors
-    dy = _channels_last_gradient(dy, x.dtype)
-    need_residual = ctx.needs_input_grad[3]
-    if torch.is_grad_enabled():  # create_graph=True: a formula that can be differentiated again
-        dx, g, dweight, dbias = backward_reference(dy, x, gate, ctx.relu, weight, bias, ctx.eps)
-    else:
-        through = need_residual and ctx.relu
-        dx, g, dweight, dbias = torch.ops.arat_fast.split_bn_batch_backward(
-            dy, x, gate, ctx.relu, mean, var, weight, bias, through, ctx.eps
-        )
-        g = g if through else dy
-    return dx, dweight, dbias, g if need_residual else None, None, None
-
-
-_batch.register_autograd(_batch_grad, setup_context=_batch_setup)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arat_fast.kernels import split_batch_norm_ops  # noqa: F401  registers the ops
+from arat_fast.kernels import split_batch_norm_batch_ops  # noqa: F401  registers the ops
 from arat_fast.kernels.dispatch import use_triton
 from arat_fast.kernels.split_batch_norm_launch import (
     SMALL_ROWS,

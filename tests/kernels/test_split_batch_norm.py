@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arat_fast.kernels import split_batch_norm_cpp
 from arat_fast.kernels import split_batch_norm_launch as launch
+from arat_fast.kernels import split_batch_norm_plan as plan
 from arat_fast.kernels.cpp_library import library
 from arat_fast.kernels.dispatch import INTERPRETING
 from arat_fast.kernels.split_batch_norm import split_batch_norm, split_batch_norm_reference
@@ -189,7 +190,7 @@ def test_programs_that_loop(
 ) -> None:
     """Few programs, as many steps each as in layers a hundred times this size, the last one cut short."""
     monkeypatch.setattr(launch, "SMALL_ROWS", 0)
-    monkeypatch.setattr(launch, "PROGRAMS", 6)
+    monkeypatch.setattr(plan, "PROGRAMS", 6)
     for shape in ((5, 17, 13, 11), (5, 32, 13, 17)):
         for residual in (True, False):
             case = make_case(shape, 2, dtype, device, residual=residual, relu=True, batch=True)
