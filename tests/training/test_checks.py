@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from arat_fast.commands import train as train_command
+from arat_fast.commands.train import main as train_command
 from arat_fast.config import AttackConfig, TrainConfig
 from arat_fast.errors import UserError
+from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSet
 from arat_fast.models import create_model
 from arat_fast.training.checks import check_counts, checked, warn_of_radius
@@ -48,14 +49,14 @@ def test_a_dry_run_refuses_what_the_run_would(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=message):
-        train_command.main([*TINY, *flags, "--dry-run"])
+        train_command([*TINY, *flags, "--dry-run"])
     assert capsys.readouterr().out == ""
 
 
 def test_a_dry_run_refuses_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees no GPU here"):
-        train_command.main([*TINY, "--device", "cuda", "--dry-run"])
+        train_command([*TINY, "--device", "cuda", "--dry-run"])
 
 
 def test_autoattack_is_checked_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,13 +65,13 @@ def test_autoattack_is_checked_before_training(monkeypatch: pytest.MonkeyPatch, 
         patch.setitem(sys.modules, "pyautoattack", None)  # as if it were not installed
         for more in ([], ["--dry-run"]):
             with pytest.raises(UserError, match="needs pyautoattack"):
-                train_command.main([*arguments, *more])
-    train, test = train_command.sources.load("digits")
+                train_command([*arguments, *more])
+    train, test = sources.load("digits")
     few = dataclasses.replace(test.take(np.flatnonzero(test.labels < 4)), num_classes=4)
-    monkeypatch.setattr(train_command.sources, "load", lambda *_: (train, few))
+    monkeypatch.setattr(sources, "load", lambda *_: (train, few))
     monkeypatch.setitem(sys.modules, "pyautoattack", sys)  # as if it were
     with pytest.raises(UserError, match="need 10 classes, the data has 4"):
-        train_command.main(arguments)
+        train_command(arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -79,10 +80,10 @@ def test_another_method_leaves_the_recorded_attack(
 ) -> None:
     import yaml
 
-    train_command.main([*TINY, "--run-dir", str(tmp_path / "run"), "--no-evaluate"])
+    train_command([*TINY, "--run-dir", str(tmp_path / "run"), "--no-evaluate"])
     recorded = ["--config", str(tmp_path / "run" / "config.json"), "--method", "mail-trades", "--dry-run"]
     capsys.readouterr()
-    train_command.main([*recorded, "--attack.bn", "batch"])
+    train_command([*recorded, "--attack.bn", "batch"])
     printed = yaml.safe_load(capsys.readouterr().out.split("\n\n")[0])
     assert [printed["attack"][name] for name in ("loss", "start", "bn")] == ["kl", "normal", "batch"]
     assert (printed["mail"]["slope"], printed["mail"]["bias"]) == (2.0, 0.0)
@@ -92,17 +93,17 @@ def test_another_method_leaves_the_recorded_attack(
 def test_resuming_a_finished_run_keeps_its_other_figures(tmp_path: Path) -> None:
     run, results = tmp_path / "run", tmp_path / "run" / "results.json"
     again = ["--run-dir", str(run), "--resume"]
-    train_command.main([*TINY, "--run-dir", str(run), "--with-standard"])
+    train_command([*TINY, "--run-dir", str(run), "--with-standard"])
     before = json.loads(results.read_text())
     before["arat"] |= {"autoattack": 0.1, "n": 20}
     results.write_text(json.dumps(before))
-    train_command.main(again)
+    train_command(again)
     assert json.loads(results.read_text()) == before
-    train_command.main([*again, "--evaluation.eps", "0.05"])
+    train_command([*again, "--evaluation.eps", "0.05"])
     assert json.loads(results.read_text()).keys() == {"arat"}  # the others are of another ball
-    train_command.main([*again, "--evaluation.eps", "0.05", "--epochs", "2"])
+    train_command([*again, "--evaluation.eps", "0.05", "--epochs", "2"])
     results.write_text(json.dumps(before))
-    train_command.main([*again, "--epochs", "3"])
+    train_command([*again, "--epochs", "3"])
     after = json.loads(results.read_text())
     assert "autoattack" not in after["arat"]  # of weights that are no more
     assert after["standard"] == before["standard"]
