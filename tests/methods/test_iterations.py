@@ -249,11 +249,17 @@ def test_half_precision_gives_losses_wide_logits_and_close_terms(precision: str)
             return terms
 
         method.loss = loss  # type: ignore[method-assign]
+        convolved: dict[Method, torch.dtype] = {}  # by the second network
+        for one in (method, exact):
+            if isinstance(one, LBGAT | ARREST):
+                one.teacher.get_submodule("conv1").register_forward_hook(
+                    lambda _module, _inputs, output, one=one, to=convolved: to.update({one: output.dtype})
+                )
         step = step_of(pair(0, torch.float32)[1], method, precision=precision)
-        method.compute = step.dtype
         low = step(x, y, x_adv=x_adv)
         full = step_of(pair(0, torch.float32)[1], exact)(x, y, x_adv=x_adv)
         assert set(seen) == {torch.float32}
+        assert convolved in ({}, {method: step.dtype, exact: torch.float32})
         for name, value in full.items():
             if not name.startswith("accuracy"):
                 assert float(low[name]) == pytest.approx(float(value), rel=0.05, abs=0.01), name
