@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def _dynamo_as_in_a_new_process() -> None:
     if "torch._dynamo.utils" in sys.modules:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_dead_graphs() -> None:
+    """A CUDA graph that is freed while a test captures another breaks that capture off."""
+    if torch.cuda.is_initialized():
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def _seconds(
         return lambda: [call() for _ in range(each)]
 
     if device.type == "cuda":
-        calls = {name: captured(repeated(call)).replay for name, call in calls.items()}
+        calls = {name: captured(repeated(call)) for name, call in calls.items()}
     for call in calls.values():
         call()
     turned = take_turns(calls, device, turns, count=each)

@@ -13,6 +13,7 @@ trainer on a CPU calls.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -29,6 +30,7 @@ from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.timing import take_turns
 from arat_fast.environment import cpu_name
 from arat_fast.evaluation.record import check_writable, write_json
+from arat_fast.training.capture import CudaGraph
 
 from .cases import BenchmarkCase, all_cases
 from .compile_only import run_in_own_process
@@ -56,20 +58,23 @@ class Timing:
         return self.bytes_moved / self.microseconds / 1e3
 
 
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """`call` as a CUDA graph, after two warm-up calls on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Replays `call` as a CUDA graph, captured after two calls on a side stream.
+
+    Holds on to `call`: the graph reads the memory of its tensors.
+    """
+    graph = CudaGraph()
+    with graph.side_stream():
         for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        # Kept until the capture ends: every call writes memory of its own, and none stays in the cache.
-        kept = call()
-    del kept
-    return graph
+    # Kept until the capture ends: every call writes memory of its own, and none stays in the cache.
+    kept: list[object] = []
+    graph.record(lambda: kept.append(call()))
+    return functools.partial(_replay, graph, call)
+
+
+def _replay(graph: CudaGraph, _call: object) -> None:
+    graph.replay()
 
 
 def ring_of_calls(case: BenchmarkCase) -> tuple[dict[str, Callable[[], object]], int]:
@@ -105,7 +110,7 @@ def ring_of_calls(case: BenchmarkCase) -> tuple[dict[str, Callable[[], object]],
 
     calls = {name: over_the_ring(variant) for name, variant in variants.items()} | {"copy": copy}
     if on_gpu:
-        calls = {name: captured(call).replay for name, call in calls.items()}
+        calls = {name: captured(call) for name, call in calls.items()}
     for call in calls.values():
         call()
     return calls, count
@@ -198,6 +203,7 @@ def measure_all(
     wrong = []
     left_out = 0
     begun = time.monotonic()
+    ceilings = measure_ceilings(device)  # first: a case that fails may take the device with it
     for case in all_cases(device):
         if budget is not None and time.monotonic() - begun > budget:
             left_out += 1
@@ -209,7 +215,7 @@ def measure_all(
             wrong.append(" ".join(str(error).split()))
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    given = conditions(device, measure_ceilings(device), repeats=repeats)
+    given = conditions(device, ceilings, repeats=repeats)
     rows = [asdict(result) for result in results]
     return {"benchmark": "kernels", "conditions": given, "results": rows}, wrong, left_out
 

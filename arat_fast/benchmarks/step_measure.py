@@ -120,7 +120,8 @@ def _measure(options: StepOptions, begun: dict[str, Start]) -> dict[str, Any]:
     ceilings = measure_ceilings(device).best(before)
     record = {
         name: _figures(name, seconds, setting, device, ceilings, begun.get(name), profiles.get(name))
-        for name in variants
+        | {"captured": bool(getattr(iterate, "captured", ()))}
+        for name, iterate in variants.items()
     }
     floors = _floors("fast", setting, device)
     limits = floors.limits(

@@ -6,6 +6,7 @@ are one launch.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -40,24 +41,58 @@ class CudaGraph:
         """`beside`: a graph that never runs at the same time, whose memory this one may use too."""
         self.graph = torch.cuda.CUDAGraph()
         self.pool: Any = beside.pool if isinstance(beside, CudaGraph) else torch.cuda.graph_pool_handle()
+        self.stream = beside.stream if isinstance(beside, CudaGraph) else torch.cuda.Stream()
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
         """A stream of its own, as PyTorch asks for before a capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:  # what an iteration that failed left running there, the restoring copies too
+            torch.cuda.current_stream().wait_stream(stream)
 
     def record(self, body: Callable[[], None]) -> None:
-        """Capture into a private memory pool; what other threads do (a loader's) does not break it off."""
-        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
-            body()
+        """Capture into a private memory pool; what other threads do (a loader's) does not break it off.
+
+        After a failure the process is as before: PyTorch would leave the stream and the random numbers in
+        the capture.
+        """
+        gc.collect()  # a dead iteration's graph, freed by a collection on the way, would break off this one
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with (
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(
+                    self.graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ),
+            ):
+                body()
+        except BaseException:
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
+        finally:
+            if collects:
+                gc.enable()
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
         self.graph.replay()
+
+
+def in_order(error: BaseException | None) -> str:
+    """The first lines of an error and of those that it came after, the first of them first: what broke a
+    capture off, then that ending it failed.
+    """
+    lines: list[str] = []
+    while error is not None:
+        lines.insert(0, (str(error) or type(error).__name__).split("\n")[0])
+        error = error.__context__
+    return "; then ".join(lines)
 
 
 class CannotCapture(Exception):

@@ -24,7 +24,14 @@ from arat_fast.methods.base import Method, Outputs
 from arat_fast.nn import SplitBatchNorm2d, bind_branches, bn_mode, use_branch
 from arat_fast.nn.branch_state import BranchState, shared_state
 from arat_fast.training.attack_pass import AttackPass
-from arat_fast.training.capture import CannotCapture, CapturedIteration, CudaGraph, Graph, make_capturable
+from arat_fast.training.capture import (
+    CannotCapture,
+    CapturedIteration,
+    CudaGraph,
+    Graph,
+    in_order,
+    make_capturable,
+)
 from arat_fast.training.compiled import compiled_pass, tracing
 from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
 from arat_fast.training.finite import FiniteGuard, loss_terms
@@ -251,7 +258,8 @@ class TrainStep:
         except CannotCapture as refusal:
             reason = str(refusal)
         except RuntimeError as error:
-            reason = "capture failed: " + str(error).split("\n")[0]
+            log.debug("capture failed", exc_info=True)
+            reason = "capture failed: " + in_order(error)
         self._capture = False
         which = f"batches of {len(inputs[1])} images" if self.captured else "training"
         log.warning("%s without a CUDA graph: %s", which, reason)

@@ -51,6 +51,7 @@ def test_step_measures_every_variant_after_showing_that_they_agree(tmp_path: Pat
         assert figures["mfu"] > 0
         assert figures["bandwidth_share"] > 0
         assert figures["host_gap_share"] is None  # on a GPU only
+        assert figures["captured"] is False
     assert record["variants"]["eager"]["ratio"] == record["variants"]["eager-running"]["ratio"] == 1
     assert record["variants"]["fast"]["profile"]["by_kind"]["convolution"] > 0
     given = record["conditions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from arat_fast import methods
 from arat_fast.config import ARATConfig, AttackConfig
 from arat_fast.models.cifar import ResNet
 from arat_fast.nn import bind_branches
-from arat_fast.training.capture import CannotCapture, make_capturable
+from arat_fast.training.capture import CannotCapture, CudaGraph, make_capturable
 from arat_fast.training.step import TrainStep
 
 
@@ -38,8 +39,13 @@ class ReplayedByHand:
 
 
 class FailsToRecord(ReplayedByHand):
+    """As PyTorch does: ending the capture fails too, and hides what broke it off."""
+
     def record(self, body: Callable[[], None]) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nlong explanation")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nlong explanation")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 def build(device: str, *, fused: bool = True, **options: Any) -> TrainStep:
@@ -127,12 +133,45 @@ def test_warm_up_leaves_no_trace(
     if graph is FailsToRecord:
         assert not step.captured
         assert (
-            "training without a CUDA graph: capture failed: operation not permitted when stream is capturing"
-            in caplog.text
+            "training without a CUDA graph: capture failed: "
+            "operation not permitted when stream is capturing; "
+            "then operation failed due to a previous error during capture\n" in caplog.text
         )
     momenta[0].fill_(3.0)
     step._try_capture((images[rows], labels[rows], rows), resident=False)
     assert bool((momenta[0] == 3).all())
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_process_as_it_was() -> None:
+    graph, stream = CudaGraph(), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        graph.record(lambda: print(torch.rand(3, device="cuda").sum().item()))  # waits for the device
+    assert torch.cuda.current_stream() == stream
+    assert gc.isenabled()
+    assert bool((torch.rand(3, device="cuda") < 1).all())
+    again, out = CudaGraph(), torch.zeros(3, device="cuda")
+
+    def body() -> None:
+        out.uniform_().add_(1)
+
+    again.record(body)
+    again.replay()
+    assert bool((out >= 1).all())
+
+
+@pytest.mark.gpu
+def test_a_warm_up_that_fails_is_waited_for() -> None:
+    graph, big = CudaGraph(), torch.zeros(1 << 28, device="cuda")
+
+    def fail() -> None:
+        for _ in range(20):
+            big.add_(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), graph.side_stream():
+        fail()
+    assert float(big[-1]) == 20
 
 
 def test_an_optimizer_that_cannot_be_captured_falls_back(caplog: pytest.LogCaptureFixture) -> None:
