@@ -40,8 +40,12 @@ class CudaGraph:
     def __init__(self, beside: Graph | None = None) -> None:
         """`beside`: a graph that never runs at the same time, whose memory this one may use too."""
         self.graph = torch.cuda.CUDAGraph()
-        self.pool: Any = beside.pool if isinstance(beside, CudaGraph) else torch.cuda.graph_pool_handle()
-        self.stream = beside.stream if isinstance(beside, CudaGraph) else torch.cuda.Stream()
+        self.pool: Any
+        self.stream: torch.cuda.Stream
+        if isinstance(beside, CudaGraph):
+            self.pool, self.stream = beside.pool, beside.stream
+        else:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
