@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,12 @@ def _dynamo_as_in_a_new_process() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_dead_graphs() -> None:
-    """A CUDA graph that is freed while a test captures another breaks that capture off."""
-    if torch.cuda.is_initialized():
-        gc.collect()
+def _no_graph_freed_in_a_capture() -> Iterator[None]:
+    """A collection that frees one CUDA graph while a test captures another breaks that capture off."""
+    if torch.cuda.is_available():
+        gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

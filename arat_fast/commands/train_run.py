@@ -107,9 +107,7 @@ def _describe_cost(config: TrainConfig) -> str:
 
 
 def _default_run_dir(config_name: str) -> Path:
-    name = Path(config_name).stem
-    base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return base
+    return Path("runs") / f"{Path(config_name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _dry_run(options: TrainOptions, config: TrainConfig) -> str:

@@ -64,9 +64,8 @@ class CudaGraph:
         After a failure the process is as before: PyTorch would leave the stream and the random numbers in
         the capture.
         """
-        gc.collect()  # a dead iteration's graph, freed by a collection on the way, would break off this one
         collects = gc.isenabled()
-        gc.disable()
+        gc.disable()  # freeing a dead iteration's graph on the way would break this one off
         try:
             with (
                 torch.cuda.stream(self.stream),

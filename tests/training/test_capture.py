@@ -144,11 +144,11 @@ def test_warm_up_leaves_no_trace(
 
 @pytest.mark.gpu
 def test_a_failed_capture_leaves_the_process_as_it_was() -> None:
-    graph, stream = CudaGraph(), torch.cuda.current_stream()
+    graph, stream, collects = CudaGraph(), torch.cuda.current_stream(), gc.isenabled()
     with pytest.raises(RuntimeError):
         graph.record(lambda: print(torch.rand(3, device="cuda").sum().item()))  # waits for the device
     assert torch.cuda.current_stream() == stream
-    assert gc.isenabled()
+    assert gc.isenabled() == collects
     assert bool((torch.rand(3, device="cuda") < 1).all())
     again, out = CudaGraph(), torch.zeros(3, device="cuda")
 
