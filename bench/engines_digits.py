@@ -20,7 +20,8 @@ import torch
 
 from arat_fast.config import load_recipe
 from arat_fast.environment import environment
-from arat_fast.evaluation.results import EvaluationOptions, evaluate_run
+from arat_fast.evaluation.options import EvaluationOptions
+from arat_fast.evaluation.results import evaluate_run
 from arat_fast.loaders import sources
 from arat_fast.training.trainer import Trainer
 

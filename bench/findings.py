@@ -34,8 +34,9 @@ from arat_fast.analysis.collect import Collector, collected
 from arat_fast.analysis.run import AnalysisOptions, analyse_run
 from arat_fast.config import TrainConfig, load_recipe
 from arat_fast.environment import environment
+from arat_fast.evaluation.options import EvaluationOptions
 from arat_fast.evaluation.record import write_json
-from arat_fast.evaluation.results import EvaluationOptions, evaluate_run
+from arat_fast.evaluation.results import evaluate_run
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import Batch

@@ -52,7 +52,17 @@ def test_help_names_the_commands_and_costs_no_import() -> None:
         assert flag in train.stdout
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--epoch", "3"], ["runs", "."]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["train", "--epoch", "3"],
+        ["runs", "."],
+        ["compare", "nowhere"],
+        ["evaluate", "--help"],
+        ["evaluate", "nowhere", "--attacks", "pdg20"],
+    ],
+)
 def test_torch_is_not_waited_for_where_nothing_needs_it(arguments: list[str], tmp_path: Path) -> None:
     script = f"""import sys
 from arat_fast.cli import main

@@ -17,7 +17,7 @@ from arat_fast.cli import main
 from arat_fast.config import load_recipe
 from arat_fast.errors import TrainingError, UserError
 from arat_fast.evaluation.network import load_run
-from arat_fast.evaluation.results import sha256_of
+from arat_fast.evaluation.record import sha256_of
 from arat_fast.export import from_file, from_run, model_info, standalone, write_export
 from arat_fast.loaders.images import ImageSet
 from arat_fast.models.plain import model_names, plain_network

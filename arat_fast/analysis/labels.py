@@ -58,18 +58,39 @@ def series_labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return labels if len(set(labels)) == len(labels) else short_names([r["run"] for r in results])
 
 
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's keys as the command line names them (`attack.eps`), without the incidental ones."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _settings(value, f"{prefix}{key}.")
+        elif prefix + key not in _INCIDENTAL:
+            flat[prefix + key] = value
+    return flat
+
+
 def groups(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs of one experiment together, by what they trained: those whose configurations differ in the seed
-    alone; every run by itself where two experiments would have one name.
+    """Runs of one experiment together, by what they trained: configurations that differ in the seed alone.
+
+    Where two experiments would have one name, what they differ in is added (`arat, epochs 9`), or the folders
+    of their runs where that is more than two settings.
     """
-
-    def essence(result: Mapping[str, Any]) -> str:
-        return repr(sorted((k, v) for k, v in result["config"].items() if k not in _INCIDENTAL))
-
-    names = Counter(label for label, _ in {(r["label"], essence(r)) for r in results})
-    if any(count > 1 for count in names.values()):
-        return {n: [r] for n, r in zip(short_names([r["run"] for r in results]), results, strict=True)}
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    experiments: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        grouped.setdefault(result["label"], []).append(result)
-    return grouped
+        experiments.setdefault(repr(sorted(_settings(result["config"]).items())), []).append(result)
+    members = list(experiments.values())
+    labels = Counter(str(runs[0]["label"]) for runs in members)
+    named = {}
+    for runs in members:
+        name = label = str(runs[0]["label"])
+        if labels[label] > 1:
+            namesakes = [_settings(other[0]["config"]) for other in members if other[0]["label"] == label]
+            mine = _settings(runs[0]["config"])
+            differ = [key for key in mine if any(other.get(key) != mine[key] for other in namesakes)]
+            distinction = [f"{key} {mine[key]}" for key in differ]
+            if len(differ) > 2:
+                folders = dict(zip(map(id, results), short_names([r["run"] for r in results]), strict=True))
+                distinction = [folders[id(run)] for run in runs]
+            name = ", ".join([label, *distinction])
+        named[name] = runs
+    return named

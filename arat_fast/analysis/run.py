@@ -26,7 +26,7 @@ from arat_fast.config import TrainConfig, to_mapping
 from arat_fast.errors import UserError, unknown_name
 from arat_fast.evaluation.accuracy import batches
 from arat_fast.evaluation.network import TrainedNetwork, load_run
-from arat_fast.evaluation.results import sha256_of
+from arat_fast.evaluation.record import sha256_of
 from arat_fast.loaders.images import ImageSet, ImageSource
 from arat_fast.loaders.stream import counter_seed
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arat_fast.evaluation.accuracy import binomial_error, clean_correct, pgd_correct
+from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
 from arat_fast.evaluation.network import TrainedNetwork
+from arat_fast.evaluation.record import binomial_error
 from arat_fast.loaders.images import ImageSet
 
 MULTIPLES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of the run's evaluation radius

@@ -15,8 +15,9 @@ from arat_fast.commands.table import accuracy_table
 from arat_fast.commands.train import TrainOptions
 from arat_fast.config import EMRConfig, TrainConfig, resolved, to_mapping
 from arat_fast.evaluation.autoattack import check_autoattack
+from arat_fast.evaluation.options import EvaluationOptions
 from arat_fast.evaluation.record import write_json
-from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
+from arat_fast.evaluation.results import evaluate_run, summary
 from arat_fast.loaders import sources
 from arat_fast.loaders.images import ImageSource
 from arat_fast.models.plain import check_model

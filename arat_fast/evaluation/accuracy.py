@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -92,10 +91,3 @@ def pgd_correct(
             robust.append(survived)
             progress(len(images))
     return torch.cat(robust)
-
-
-def binomial_error(accuracy: float, count: int) -> float:
-    """Half-width of the 95 % interval of an accuracy in [0, 1] measured on `count` images (normal
-    approximation).
-    """
-    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / count)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +15,18 @@ from tqdm import tqdm
 
 from arat_fast.config import to_mapping
 from arat_fast.environment import environment
-from arat_fast.errors import UserError, unknown_name
-from arat_fast.evaluation.accuracy import binomial_error, clean_correct, pgd_correct
+from arat_fast.errors import UserError
+from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
 from arat_fast.evaluation.autoattack import OFFICIAL_ITERATIONS, PAPER_ITERATIONS, autoattack_correct
 from arat_fast.evaluation.network import TrainedNetwork, load_run
+from arat_fast.evaluation.options import PGD, EvaluationOptions, check_attacks, check_options
+from arat_fast.evaluation.record import binomial_error, sha256_of
 from arat_fast.loaders.images import ImageSet
 from arat_fast.pixels import format_pixels
 from arat_fast.reference import SplitBatchNorm2d
 from arat_fast.training.directory import RunDirectory
 
-PGD = re.compile(r"pgd([1-9]\d*)(-margin)?")
-NAMES = ("clean", "pgd20", "pgd20-margin", "autoattack", "autoattack10")
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How a run is evaluated; None takes the run's own evaluation settings."""
-
-    weights: str = "auto"
-    restarts: int = 1
-    seed: int = 0
-    eps: float | None = None
-    alpha: float | None = None
-    batch_size: int | None = None
-    limit: int = 0
-
-
-def check_attacks(names: Sequence[str]) -> None:
-    """Raise UserError with the nearest known name unless every name is an attack, or where there is none."""
-    if not names:
-        raise UserError(f"--attacks names no attack; known: {', '.join(NAMES)}")
-    for name in names:
-        if name not in NAMES and not PGD.fullmatch(name):
-            raise unknown_name("attack", name, NAMES)
-
-
-def check_options(options: EvaluationOptions) -> None:
-    """Raise UserError naming the flag of the first number that is out of its range."""
-    ranges: dict[str, tuple[float | None, float, float]] = {
-        "--restarts": (options.restarts, 1, math.inf),
-        "--batch-size": (options.batch_size, 1, math.inf),
-        "--limit": (options.limit, 0, math.inf),
-        "--seed": (options.seed, 0, 2**31),
-        "--eps": (options.eps, 0, math.inf),
-        "--alpha": (options.alpha, 0, math.inf),
-    }
-    for flag, (value, least, end) in ranges.items():
-        if value is not None and not least <= value < end:  # NaN is in no range
-            raise UserError(f"{flag} is {value}; expected at least {least} and less than {end}")
+_DEFAULTS = EvaluationOptions()
 
 
 def _figure(correct: Tensor, **settings: object) -> dict[str, object]:
@@ -77,12 +38,6 @@ def _figure(correct: Tensor, **settings: object) -> dict[str, object]:
         "error_95": binomial_error(accuracy, len(correct)),
         **settings,
     }
-
-
-def sha256_of(path: Path) -> str:
-    """A file's digest in hexadecimal: what a record says about the checkpoint that it measured."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(data: ImageSet) -> str:
@@ -98,7 +53,7 @@ def evaluate_run(
     attacks: Sequence[str],
     *,
     device: torch.device,
-    options: EvaluationOptions = EvaluationOptions(),
+    options: EvaluationOptions = _DEFAULTS,
 ) -> dict[str, Any]:
     """Measure a run on test images with the named attacks; everything needed to quote the figures is in the
     result.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from arat_fast import reference
 from arat_fast.errors import UserError
 from arat_fast.evaluation.network import TrainedNetwork, load_run
-from arat_fast.evaluation.results import sha256_of
+from arat_fast.evaluation.record import sha256_of
 from arat_fast.models.plain import plain_network
 from arat_fast.models.weights import fit_weights, read_weights
 from arat_fast.nn import single_branch

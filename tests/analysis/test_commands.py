@@ -15,8 +15,9 @@ from arat_fast.analysis.labels import description, groups, short_names
 from arat_fast.analysis.run import ANALYSES, AnalysisOptions, analyse_run
 from arat_fast.cli import main
 from arat_fast.config import TrainConfig, load_recipe, to_mapping
-from arat_fast.evaluation.accuracy import binomial_error
-from arat_fast.evaluation.results import EvaluationOptions, evaluate_run, summary
+from arat_fast.evaluation.options import EvaluationOptions
+from arat_fast.evaluation.record import binomial_error
+from arat_fast.evaluation.results import evaluate_run, summary
 from arat_fast.loaders.images import ImageSet
 from arat_fast.training.trainer import Trainer
 
@@ -260,6 +261,61 @@ def test_compare(
         (run / f"{name}.json").unlink()
 
 
+@pytest.fixture
+def four_runs(runs: dict[str, Path], tmp_path: Path) -> list[str]:
+    """Folders of ARAT with seeds 2, 0 and 1 and an ordinary run, with figures of 40 test images each."""
+    places = []
+    accuracies = [{"clean": 0.9, "pgd2": 0.5}, {"clean": 0.6, "pgd2": 0.25}, {"clean": 0.6}]
+    for seed, figures in zip((2, 0, 1), accuracies, strict=True):
+        places.append(tmp_path / f"arat-{seed}")
+        places[-1].mkdir()
+        config = json.loads((runs["arat"] / "config.json").read_text())
+        (places[-1] / "config.json").write_text(json.dumps(config | {"seed": seed}))
+        (places[-1] / "results.json").write_text(json.dumps({"arat": figures | {"n": 40}}))
+        (places[-1] / "metrics.jsonl").write_bytes((runs["arat"] / "metrics.jsonl").read_bytes())
+    return [*map(str, places), str(runs["standard"])]
+
+
+def test_compare_over_seeds(
+    four_runs: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["compare", *four_runs, "--over-seeds", "--json"]) == 0
+    assert [r.message for r in caplog.records] == ["arat: only 2 of 3 runs have pgd2"]
+    arat, standard = json.loads(capsys.readouterr().out)
+    assert (arat["label"], arat["seeds"]) == ("arat", [0, 1, 2])
+    assert arat["runs"] == [four_runs[1], four_runs[2], four_runs[0]]
+    clean = arat["figures"]["clean"]
+    assert clean["accuracies"] == [0.6, 0.6, 0.9]
+    assert clean["n"] == [40, 40, 40]
+    assert clean["mean"] == pytest.approx(0.7)
+    assert clean["std"] == pytest.approx(0.03**0.5)  # (0.01 + 0.01 + 0.04) / 2
+    assert arat["figures"]["pgd2"]["mean"] == pytest.approx(0.375)
+    (line,) = [json.loads(text) for text in Path(four_runs[0], "metrics.jsonl").read_text().splitlines()]
+    assert arat["images_per_second"] == line["images_per_second"]
+    assert arat["hours"] == pytest.approx(line["seconds"] / 3600)
+    assert (standard["seeds"], standard["figures"]) == ([0], {})
+
+    assert main(["compare", *four_runs, "--over-seeds"]) == 0
+    header, _, arat_row, standard_row, note = capsys.readouterr().out.splitlines()
+    assert header.split() == ["what", "seeds", "clean", "PGD-2", "AutoAttack", "images/s", "hours"]
+    assert "0, 1, 2  70.0 ± 17.3  37.5 ± 17.7 " in arat_row
+    assert standard_row.startswith("standard; ")
+    assert "± the standard deviation over seeds" in note
+    assert main(["compare", *four_runs, "--over-seeds", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("| what | seeds | clean |")
+
+
+def test_a_seed_that_occurs_twice(
+    four_runs: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["compare", four_runs[0], four_runs[0], "--over-seeds"]) == 0
+    assert "seeds [2, 2] are not all different" in caplog.text
+    caplog.clear()
+    assert main(["compare", four_runs[0], "--over-seeds"]) == 0  # one seed: a mean without a spread
+    assert caplog.text == ""
+    assert capsys.readouterr().out.splitlines()[-2].split()[-6:-2] == ["2", "90.0", "50.0", "-"]
+
+
 def test_figures_of_a_run_inside_another(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,7 +345,10 @@ def test_names_and_groups(tiny_config: TrainConfig) -> None:
     standard = result("r/s", dataclasses.replace(tiny_config, method="standard"))
     assert {k: len(v) for k, v in groups([*seeds, standard]).items()} == {"arat": 2, "standard": 1}
     other = result("r/2", dataclasses.replace(tiny_config, epochs=9))
-    assert list(groups([*seeds, other])) == ["0", "1", "2"]  # two experiments of one name
+    of_one_name = groups([*seeds, other])
+    assert {k: len(v) for k, v in of_one_name.items()} == {"arat, epochs 3": 2, "arat, epochs 9": 1}
+    more = dataclasses.replace(tiny_config, epochs=9, batch_size=8, weight_decay=0.1)
+    assert list(groups([*seeds, result("r/3", more)])) == ["arat, 0, 1", "arat, 3"]
     emr = dataclasses.replace(
         tiny_config, method="at", emr=dataclasses.replace(tiny_config.emr, coefficient=0.1)
     )

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from arat_fast.commands.compare import compared_run
+from arat_fast.commands.compare_figures import compared_run
 from arat_fast.config import AveragingConfig, TrainConfig
-from arat_fast.evaluation.results import EvaluationOptions, evaluate_run
+from arat_fast.evaluation.options import EvaluationOptions
+from arat_fast.evaluation.results import evaluate_run
 from arat_fast.loaders.images import ImageSet
 from arat_fast.training.directory import RunDirectory
 from arat_fast.training.trainer import Trainer

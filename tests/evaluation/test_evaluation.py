@@ -19,11 +19,12 @@ from arat_fast.config import TrainConfig
 from arat_fast.errors import TrainingError, UserError
 from arat_fast.evaluation import autoattack as autoattack_module
 from arat_fast.evaluation import results as results_module
-from arat_fast.evaluation.accuracy import binomial_error, clean_correct, pgd_correct
+from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
 from arat_fast.evaluation.autoattack import autoattack_correct
 from arat_fast.evaluation.network import load_run
-from arat_fast.evaluation.record import check_writable, write_json
-from arat_fast.evaluation.results import EvaluationOptions, check_attacks, evaluate_run, summary
+from arat_fast.evaluation.options import EvaluationOptions, check_attacks
+from arat_fast.evaluation.record import binomial_error, check_writable, write_json
+from arat_fast.evaluation.results import evaluate_run, summary
 from arat_fast.evaluation.sanity import sanity_checks
 from arat_fast.loaders.images import ImageSet
 from arat_fast.training.trainer import Trainer

@@ -14,7 +14,8 @@ import torch
 from arat_fast.config import EMRConfig, LBGATConfig, MAILConfig, TrainConfig, load_recipe
 from arat_fast.errors import UserError
 from arat_fast.evaluation.network import load_run
-from arat_fast.evaluation.results import EvaluationOptions, evaluate_run
+from arat_fast.evaluation.options import EvaluationOptions
+from arat_fast.evaluation.results import evaluate_run
 from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.sources import load
 from arat_fast.methods import ARREST, METHODS
