@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+import torch._inductor.exc
 from torch import Tensor
 
-from arat_fast.training.compiled import tracing
+from arat_fast.training.compiled import MISSING, compiled_pass, name_fallbacks_only, tracing
 from arat_fast.training.finite import FiniteGuard
 from arat_fast.training.momentum import start_momentum
 
@@ -28,6 +31,37 @@ def test_a_process_compiles_more_variants_than_torch_s_limit() -> None:
         with tracing():
             assert torch.equal(compiled(torch.ones(k + 2)), torch.full((k + 2,), float(k)))
     assert torch._dynamo.config.recompile_limit == limit
+
+
+class Unwritable:
+    """An input whose text takes minutes."""
+
+    def __str__(self) -> str:
+        raise AssertionError("written out")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_the_inputs_of_operators_without_a_lowering_are_written_for_a_log_that_asks(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled_pass(lambda x: x)
+    text = getattr(torch._inductor.exc, name).operator_str
+    with caplog.at_level(logging.WARNING, "torch._inductor.graph"):
+        assert text("op", [Unwritable()], {"dim": Unwritable()}).strip() == "target: op"
+    with caplog.at_level(logging.INFO, "torch._inductor.graph"):
+        assert "args[0]: 3" in text("op", [3], {})
+        with pytest.raises(AssertionError, match="written out"):
+            text("op", [Unwritable()], {})
+
+
+def test_a_pytorch_that_names_its_operators_elsewhere_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MISSING:
+        monkeypatch.delattr(torch._inductor.exc, name)
+    before = dict(vars(torch._inductor.exc))
+    name_fallbacks_only.__wrapped__()
+    assert dict(vars(torch._inductor.exc)) == before
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
