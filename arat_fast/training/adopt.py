@@ -52,6 +52,7 @@ class OwnData:
     image_shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int
     count: int
+    batch_size: int  # of the first batch
 
     def __len__(self) -> int:
         return self.count
@@ -145,4 +146,4 @@ def look_at(loader: Loader, model: nn.Module) -> OwnData:
     _, channels, height, width = images.shape
     dataset = getattr(loader, "dataset", None)
     count = len(dataset) if isinstance(dataset, Sized) else len(loader) * len(images)
-    return OwnData((height, width, channels), logits.shape[1], count)
+    return OwnData((height, width, channels), logits.shape[1], count, len(images))

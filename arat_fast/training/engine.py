@@ -76,9 +76,10 @@ def build_engine(
     *,
     resumed: bool = False,
     model: nn.Module | None = None,
+    batch_size: int | None = None,
 ) -> Engine:
     """The configured engine; `resumed`: a checkpoint follows, and no other run's teacher is read. `model`
-    takes the place of the configured network.
+    takes the place of the configured network. batch_size: images of this process's whole batches.
 
     Raises UserError for an unknown layer to tap, a teacher that is missing or does not fit, or a reference
     engine with what it does not know, or that several processes should share.
@@ -91,4 +92,4 @@ def build_engine(
         if world.size > 1:
             raise UserError("--engine reference runs in one process; use --engine fast with torchrun")
         return ReferenceEngine(config, channels, num_classes, device)
-    return FastEngine(config, channels, num_classes, device, world, resumed, model)
+    return FastEngine(config, channels, num_classes, device, world, resumed, model, batch_size)

@@ -46,6 +46,7 @@ class FastEngine:
         world: World = ALONE,
         resumed: bool = False,
         model: nn.Module | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self.config, self.device = config, device
         self._shape = (num_classes, channels)
@@ -81,6 +82,7 @@ class FastEngine:
             seed=config.seed,
             world=world,
             guard=True,
+            batch_size=batch_size,
         )
 
     @property

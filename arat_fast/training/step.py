@@ -60,7 +60,9 @@ class TrainStep:
         attack: radius, steps, loss, start and BatchNorm mode of the attack.
         precision: of convolutions and classifier; "auto" picks bf16 where it is fast. fp32 and tf32 compute
             in float32; which of the two is torch's own setting.
-        compiled: use torch.compile on batches of the first batch's size; other sizes run eagerly.
+        compiled: use torch.compile on batches of `batch_size` images; other sizes run eagerly.
+        batch_size: images of a whole batch; None: the first batch's. Tell it to a step that may start with an
+            epoch's last, smaller batch, as that of a resumed run.
         joined: in compiled passes, let BatchNorm's backward add the two gradients of a block's output.
         capture: on a GPU, replay batches as one CUDA graph, one for each of the first two sizes: whole
             batches, and the last of an epoch. Where that cannot be, a warning says why. Learning rates then
@@ -97,6 +99,7 @@ class TrainStep:
         seed: int = 0,
         world: World = ALONE,
         guard: bool = False,
+        batch_size: int | None = None,
     ) -> None:
         parameter = next(model.parameters())
         self.device, self.exact = parameter.device, parameter.dtype is torch.float64
@@ -140,6 +143,7 @@ class TrainStep:
         self._capture = capture and self.device.type == "cuda" and world.size == 1
         self._make_graph: Callable[[Graph | None], Graph] = CudaGraph
         self.captured: list[CapturedIteration] = []
+        self._whole = batch_size
         self._compiled_for: torch.Size | None = None
         self._compiled_forward = self._training_forward
         self._averaged = averaged_over_ranks(self.twin.module, method, world)
@@ -163,7 +167,7 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         if not self._begun:
             self._begin()
-        if self._compile and self._compiled_for is None:
+        if self._compile and self._compiled_for is None and self._whole in (None, len(labels)):
             self._compile_for(images, labels)
         self._at = (self._at[0], self._at[1] + 1)
         if x_adv is not None:

@@ -77,8 +77,10 @@ class Trainer:
         if train is not None:
             self._source, self.validation_images = self._split(config, train)
             self.train_images = self._source
+            whole_batch = min(local_batch, world.shard.size(len(self._source)))
         else:
-            self.train_images = self._own_data(loaders, model)
+            self.train_images = own_data = self._own_data(loaders, model)
+            whole_batch = own_data.batch_size
         self.directory = RunDirectory(Path(run_dir))
         own_network = None if model is None else type(model).__name__
         self._own = {"own_network": own_network, "own_data": loaders is not None}
@@ -90,6 +92,7 @@ class Trainer:
             world,
             resumed=resume and self.directory.last.exists(),
             model=model,
+            batch_size=whole_batch,
         )
         self.network, self.optimizer = self.engine.network, self.engine.optimizer
         self.averages: dict[str, WeightAverage] = {}

@@ -18,7 +18,7 @@ from arat_fast.config import TrainConfig
 from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.sources import load
-from arat_fast.training import checkpoint
+from arat_fast.training import attack_pass, checkpoint, fast_engine, step
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.directory import RunDirectory
 from arat_fast.training.trainer import Trainer
@@ -98,6 +98,27 @@ def test_ctrl_c_and_resume_equal_an_uninterrupted_run(
     assert_same_state(load_checkpoint(whole / "last.pt"), load_checkpoint(folder / "last.pt"))
     assert_same_state(load_checkpoint(whole / "best.pt"), load_checkpoint(folder / "best.pt"))
     assert without_timing(whole) == without_timing(folder)
+
+
+def test_a_run_stopped_before_an_epoch_s_last_batch_compiles_for_whole_ones(
+    config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """76 images: 32, 32 and 12. What compiles is left out: only for which batches counts."""
+    for module in (step, attack_pass):
+        monkeypatch.setattr(module, "compiled_pass", lambda function, joined: function)
+    monkeypatch.setattr(fast_engine, "has_bf16_matrix_units", lambda device: True)
+    config = dataclasses.replace(config, engine="fast", compile=True, precision="fp32")
+    with monkeypatch.context() as patch:
+        InterruptAfter(patch, 2)
+        with pytest.raises(StopRequested):
+            train(config, digits[0], tmp_path)
+    resumed = train(config, digits[0], tmp_path, resume=True).engine
+    assert isinstance(resumed, fast_engine.FastEngine)
+    assert resumed.step.is_compiled(32)
+    few = Trainer(dataclasses.replace(config, limit_train=30), digits[0], tmp_path / "few")
+    few.run()  # fewer images than a batch: those are the whole one
+    assert isinstance(few.engine, fast_engine.FastEngine)
+    assert few.engine.step.is_compiled(10)
 
 
 def _train_in_child(config: TrainConfig, folder: Path) -> None:
