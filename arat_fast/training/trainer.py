@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import signal
 import time
 from pathlib import Path
@@ -38,6 +39,9 @@ from arat_fast.training.schedule import learning_rate, rate_factor, set_learning
 
 log = logging.getLogger(__name__)
 BALANCE_BATCHES = 8  # the paper measures `a` on 1,024 images
+# Seconds from one checkpoint to the next while a run goes on: the GPU waits for each, and an epoch may take
+# less. What a kill -9 may cost is this and an epoch.
+SAVE_EVERY = 30.0
 STOP_EVERY = 8  # batches between the looks at other processes' signals
 
 
@@ -111,6 +115,7 @@ class Trainer:
         self.best_accuracy = -1.0
         self.balance: float | None = None  # auto-balance's weight in this epoch
         self.recalibrated: dict[str, dict[str, Tensor]] = {}
+        self._saved_at = -math.inf  # the first epoch's end is saved: a disk that refuses shows early
         self._open(resume)
         self.collector = self._make_collector(model)
         tensorboard = tensorboard and world.is_main
@@ -246,6 +251,7 @@ class Trainer:
         """Write last.pt, atomically; rank 0's statistics are everybody's then."""
         if self.world.is_main:
             save_checkpoint(self.directory.last, self.state_dict())
+        self._saved_at = time.monotonic()
         self.world.barrier()
 
     def run(self) -> None:
@@ -396,11 +402,15 @@ class Trainer:
             self.writer.flush()
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums, self.images_seen, self.seconds = {}, 0, 0.0
-        if line.get("validation_pgd", -1.0) > self.best_accuracy:
+        is_best = line.get("validation_pgd", -1.0) > self.best_accuracy
+        if is_best:
             self.best_accuracy = line["validation_pgd"]
             if self.world.is_main:
                 save_checkpoint(self.directory.best, self.state_dict())
-        self.save()
+        is_last = self.epoch > self.config.epochs
+        # Every process does what rank 0's clock says: they meet in `save`.
+        if self.world.from_main(is_best or is_last or time.monotonic() - self._saved_at >= SAVE_EVERY):
+            self.save()
 
     def _validate(self, images: ImageSet) -> dict[str, float]:
         evaluation = self.config.evaluation

@@ -19,6 +19,7 @@ from arat_fast.errors import StopRequested, TrainingError, UserError
 from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.sources import load
 from arat_fast.training import attack_pass, checkpoint, fast_engine, step
+from arat_fast.training import trainer as trainer_module
 from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from arat_fast.training.directory import RunDirectory
 from arat_fast.training.trainer import Trainer
@@ -121,8 +122,75 @@ def test_a_run_stopped_before_an_epoch_s_last_batch_compiles_for_whole_ones(
     assert few.engine.step.is_compiled(10)
 
 
-def _train_in_child(config: TrainConfig, folder: Path) -> None:
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("validation", [0, 20])
+def test_checkpoints_are_apart_and_what_comes_after_one_is_trained_again(
+    config: TrainConfig,
+    digits: tuple[ImageSet, ImageSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    validation: int,
+) -> None:
+    saved: list[int] = []
+    save, begin = Trainer.save, Trainer._train_epoch
+
+    def noted(trainer: Trainer) -> None:
+        saved.append(trainer.epoch - 1)
+        save(trainer)
+
+    def tick(trainer: Trainer, signals: object) -> None:
+        trainer._saved_at -= 10.0  # 10 s an epoch
+        begin(trainer, signals)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "save", noted)
+    monkeypatch.setattr(Trainer, "_train_epoch", tick)
+    config = dataclasses.replace(config, averaging=TrainConfig().averaging, epochs=8, validation=validation)
+    whole = train(config, digits[0], tmp_path / "whole")
+    expected, best, last = [], -1.0, -2
+    for line in without_timing(tmp_path / "whole"):
+        is_best, best = line.get("validation_pgd", -1.0) > best, max(best, line.get("validation_pgd", -1.0))
+        if is_best or line["epoch"] in (last + 3, 8):
+            last = line["epoch"]
+            expected.append(last)
+    assert best == whole.best_accuracy
+    assert saved == expected
+    assert validation or saved == [1, 4, 7, 8]
+
+    def end(trainer: Trainer, signals: object) -> None:
+        if trainer.epoch == 6:
+            raise Killed
+        tick(trainer, signals)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", end)
+        with pytest.raises(Killed):
+            train(config, digits[0], tmp_path / "killed")
+    assert len(without_timing(tmp_path / "killed")) == 5
+    assert load_checkpoint(tmp_path / "killed" / "last.pt")["epoch"] == saved[-1] + 1 < 7
+    train(config, digits[0], tmp_path / "killed", resume=True)
+    assert without_timing(tmp_path / "whole") == without_timing(tmp_path / "killed")
+    last, again = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert_same_state(last, again)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    config: TrainConfig, digits: tuple[ImageSet, ImageSet], whole: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for name in ("config.json", "environment.json", "metrics.jsonl"):
+        (killed / name).write_bytes((whole / name).read_bytes())
+    train(config, digits[0], killed, resume=True)
+    assert without_timing(whole) == without_timing(killed)
+    assert_same_state(load_checkpoint(whole / "last.pt"), load_checkpoint(killed / "last.pt"))
+
+
+def _train_in_child(config: TrainConfig, folder: Path, save_every: float) -> None:
     torch.set_num_threads(1)
+    trainer_module.SAVE_EVERY = save_every
     train(config, load("digits")[0], folder, resume=True)
 
 
@@ -134,8 +202,8 @@ def test_kill_nine_at_twenty_random_moments(config: TrainConfig, tmp_path: Path)
     context.set_forkserver_preload(["arat_fast.training.trainer", "sklearn.datasets"])
     config = dataclasses.replace(config, epochs=12)
 
-    def start(folder: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=_train_in_child, args=(config, folder))
+    def start(folder: Path, save_every: float = 0.0) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=_train_in_child, args=(config, folder, save_every))
         process.start()
         return process
 
@@ -149,10 +217,11 @@ def test_kill_nine_at_twenty_random_moments(config: TrainConfig, tmp_path: Path)
     moments, kills, rounds = random.Random(0), 0, 0
     while kills < 20:
         folder = tmp_path / f"killed{rounds}"
+        save_every = 0.2 * duration * (rounds % 2)  # checkpoints after each epoch, or some
         rounds += 1
         finished = False
         while not finished:
-            process = start(folder)
+            process = start(folder, save_every)
             process.join(moments.uniform(0, 0.7 * duration) if kills < 20 else None)
             finished = process.exitcode is not None
             if not finished:
