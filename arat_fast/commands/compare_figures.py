@@ -148,5 +148,5 @@ def compared_run(directory: RunDirectory) -> dict[str, Any]:
         "epochs": config.epochs,
         "figures": figures,
         "images_per_second": median(line["images_per_second"] for line in lines) if lines else None,
-        "hours": sum(line["seconds"] for line in lines) / 3600 if lines else None,
+        "hours": sum(line.get("wall_seconds", line["seconds"]) for line in lines) / 3600 if lines else None,
     }

@@ -112,6 +112,8 @@ class Trainer:
         self.epoch, self.batch = 1, 0  # the next iteration's place: epoch from 1, batch from 0
         self.sums: dict[str, Tensor] = {}  # image-weighted metrics of the epoch so far
         self.images_seen, self.seconds = 0, 0.0
+        self.wall_seconds = 0.0  # of the epoch, before this process and up to `_begun`
+        self._begun = time.perf_counter()
         self.best_accuracy = -1.0
         self.balance: float | None = None  # auto-balance's weight in this epoch
         self.recalibrated: dict[str, dict[str, Tensor]] = {}
@@ -215,10 +217,14 @@ class Trainer:
             "sums": self.sums,
             "images_seen": self.images_seen,
             "seconds": self.seconds,
+            "wall_seconds": self._wall(),
             "best_accuracy": self.best_accuracy,
             "balance": self.balance,
             "seed": self.config.seed,
         }
+
+    def _wall(self) -> float:
+        return self.wall_seconds + time.perf_counter() - self._begun
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint. Raises UserError when it belongs to another network, method or data set."""
@@ -246,6 +252,7 @@ class Trainer:
             "recalibrated",
         ):
             setattr(self, name, state[name])
+        self.wall_seconds = state.get("wall_seconds", self.seconds)  # not in older checkpoints
 
     def save(self) -> None:
         """Write last.pt, atomically; rank 0's statistics are everybody's then."""
@@ -268,6 +275,7 @@ class Trainer:
     def _run(self) -> None:
         if self.epoch <= self.config.epochs and self.world.is_main:
             warn_of_radius(self.config)
+        self._begun = time.perf_counter()
         with StopSignals() as signals:
             while self.epoch <= self.config.epochs:
                 self._train_epoch(signals)
@@ -393,6 +401,8 @@ class Trainer:
         if self.collector is not None:
             step = self.epoch * len(self.stream) + self.batch - 1
             self.collector.end_epoch(self.epoch, step, state=self.engine.state)
+        line["wall_seconds"] = self._wall()  # what comes after this is the next epoch's
+        self.wall_seconds, self._begun = 0.0, time.perf_counter()
         if self.world.is_main:
             self.directory.append_metrics(line)
         log.info("%s", describe(line, self.config.epochs))

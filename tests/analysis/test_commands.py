@@ -232,7 +232,7 @@ def test_compare(
     }
     assert naive["figures"] == {}
     (line,) = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    assert arat["hours"] == pytest.approx(line["seconds"] / 3600)
+    assert arat["hours"] == pytest.approx(line["wall_seconds"] / 3600)
     assert arat["images_per_second"] == line["images_per_second"]
 
     # A record in the folder, of more images, takes the summary's place; one of another checkpoint does not.
@@ -292,7 +292,7 @@ def test_compare_over_seeds(
     assert arat["figures"]["pgd2"]["mean"] == pytest.approx(0.375)
     (line,) = [json.loads(text) for text in Path(four_runs[0], "metrics.jsonl").read_text().splitlines()]
     assert arat["images_per_second"] == line["images_per_second"]
-    assert arat["hours"] == pytest.approx(line["seconds"] / 3600)
+    assert arat["hours"] == pytest.approx(line["wall_seconds"] / 3600)
     assert (standard["seeds"], standard["figures"]) == ([0], {})
 
     assert main(["compare", *four_runs, "--over-seeds"]) == 0

@@ -36,7 +36,7 @@ def assert_same_state(a: dict, b: dict, path: str = "") -> None:
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
-            if key not in ("seconds", "config"):
+            if key not in ("seconds", "wall_seconds", "config"):
                 assert_same_state(a[key], b[key], f"{path}.{key}")
     elif isinstance(a, list):
         for k, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -49,7 +49,8 @@ def assert_same_state(a: dict, b: dict, path: str = "") -> None:
 
 def without_timing(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    timings = ("seconds", "wall_seconds", "images_per_second")
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 
 @pytest.fixture
@@ -120,6 +121,47 @@ def test_a_run_stopped_before_an_epoch_s_last_batch_compiles_for_whole_ones(
     few.run()  # fewer images than a batch: those are the whole one
     assert isinstance(few.engine, fast_engine.FastEngine)
     assert few.engine.step.is_compiled(10)
+
+
+def test_wall_seconds_hold_what_training_s_seconds_leave_out(
+    config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.2 s of balance before an epoch and 0.3 s of validation after it; a stop and a restart between."""
+    balance, validate = Trainer._balance, Trainer._validate
+
+    def slow_balance(trainer: Trainer) -> float | None:
+        time.sleep(0.2)
+        return balance(trainer)
+
+    def slow_validation(trainer: Trainer, images: ImageSet) -> dict[str, float]:
+        time.sleep(0.3)
+        return validate(trainer, images)
+
+    monkeypatch.setattr(Trainer, "_balance", slow_balance)
+    monkeypatch.setattr(Trainer, "_validate", slow_validation)
+    folder = tmp_path / "run"
+    started = time.perf_counter()
+    with monkeypatch.context() as patch:
+        InterruptAfter(patch, 2)
+        with pytest.raises(StopRequested):
+            train(config, digits[0], folder)
+    stopped = load_checkpoint(folder / "last.pt")
+    assert stopped["wall_seconds"] >= stopped["seconds"] + 0.2
+    train(config, digits[0], folder, resume=True)
+    whole = time.perf_counter() - started
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert all(line["wall_seconds"] >= line["seconds"] + 0.5 for line in lines)
+    assert sum(line["wall_seconds"] for line in lines) <= whole
+
+
+def test_a_checkpoint_from_before_wall_seconds_resumes(
+    config: TrainConfig, digits: tuple[ImageSet, ImageSet], whole: Path
+) -> None:
+    state = load_checkpoint(whole / "last.pt")
+    del state["wall_seconds"], state["format"]
+    save_checkpoint(whole / "last.pt", state)
+    assert train(dataclasses.replace(config, epochs=4), digits[0], whole, resume=True).epoch == 5
 
 
 class Killed(Exception):
@@ -368,7 +410,7 @@ def test_foreign_and_newer_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_one_of_its_entries_is_refused(whole: Path, tmp_path: Path) -> None:
     state = load_checkpoint(whole / "last.pt")
-    assert set(state) == {"format", *checkpoint.ENTRIES}
+    assert set(state) == {"format", "wall_seconds", *checkpoint.ENTRIES}
     for name in checkpoint.ENTRIES:
         torch.save({key: value for key, value in state.items() if key != name}, tmp_path / "less.pt")
         with pytest.raises(UserError, match=rf"less.pt lacks {name}: .* damaged"):
