@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arat_fast import reference
 from arat_fast.errors import TrainingError
+from arat_fast.evaluation.float32 import full_float32
 from arat_fast.loaders.images import ImageSet
 from arat_fast.loaders.stream import counter_seed
 
@@ -34,6 +35,7 @@ def _correct(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return finite_logits(network, images).argmax(1).eq(labels).cpu()
 
 
+@full_float32(benchmark=True)
 def clean_correct(
     network: nn.Module, data: ImageSet, *, branch: str = "adv", batch_size: int = 250, device: torch.device
 ) -> Tensor:
@@ -47,6 +49,7 @@ def clean_correct(
     return torch.cat(parts)
 
 
+@full_float32(benchmark=True)
 def pgd_correct(
     network: nn.Module,
     data: ImageSet,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from arat_fast import reference
 from arat_fast.errors import UserError
 from arat_fast.evaluation.accuracy import batches, finite_logits
+from arat_fast.evaluation.float32 import full_float32
 from arat_fast.evaluation.record import write_json
 from arat_fast.loaders.images import ImageSet
 
@@ -61,6 +62,7 @@ def check_autoattack(num_classes: int, attacks: Sequence[str] = STANDARD) -> Non
         )
 
 
+@full_float32(benchmark=False)  # of batches that shrink as images fall
 def autoattack_correct(
     network: nn.Module,
     data: ImageSet,

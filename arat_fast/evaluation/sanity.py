@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arat_fast import reference
 from arat_fast.evaluation.accuracy import batches, pgd_correct
 from arat_fast.evaluation.autoattack import autoattack_correct
+from arat_fast.evaluation.float32 import full_float32
 from arat_fast.loaders.images import ImageSet
 from arat_fast.pixels import format_pixels
 
@@ -74,6 +75,7 @@ def _losses(
     return [float(t) / len(data) for t in totals]
 
 
+@full_float32(benchmark=True)
 def sanity_checks(
     network: nn.Module,
     data: ImageSet,
