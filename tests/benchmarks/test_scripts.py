@@ -35,6 +35,31 @@ def test_gpu_script_refuses_a_machine_without_one(tmp_path: Path) -> None:
     assert "no GPU" in result.stderr
 
 
+def test_the_recipe_s_script_asks_for_autoattack_before_it_trains(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in *pyautoattack*) exit 1 ;; esac
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    result = subprocess.run(
+        [str(BENCH / "train_cifar10.sh")],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHON": str(python),
+            "OUT": str(tmp_path / "out"),
+            "RUN": str(tmp_path / "run"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "needs pyautoattack" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_packed_weights_come_together_again(
     tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path, monkeypatch: Any
 ) -> None:
