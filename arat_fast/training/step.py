@@ -10,8 +10,8 @@ called K times, one training pass), and on a GPU all of it replayed as one CUDA 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -159,7 +159,9 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         """One iteration. `x_adv`, when given, takes the place of the attack's images."""
         self._check_batch(images, labels, indices, resident)
-        with on_device(self.step):
+        if self._whole is None:
+            self._whole = len(labels)
+        with on_device(self.step), algorithm_search(self._whole == len(labels)):
             return self._call(images, labels, indices, resident, x_adv)
 
     def _call(
@@ -167,7 +169,7 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         if not self._begun:
             self._begin()
-        if self._compile and self._compiled_for is None and self._whole in (None, len(labels)):
+        if self._compile and self._compiled_for is None and self._whole == len(labels):
             self._compile_for(images, labels)
         self._at = (self._at[0], self._at[1] + 1)
         if x_adv is not None:
@@ -370,6 +372,20 @@ class TrainStep:
             assert logits is not None
             metrics[f"accuracy_{name}"] = (logits.detach().argmax(1) == labels).float().mean()
         return metrics
+
+
+@contextmanager
+def algorithm_search(pays: bool) -> Iterator[None]:
+    """Where it does not pay, keep cuDNN from looking for each convolution's fastest algorithm.
+
+    An epoch's last, smaller batch is one of hundreds, and the search takes as long for it as for the others.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before and pays
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _check_optimizer(model: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> None:

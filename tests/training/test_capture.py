@@ -113,6 +113,26 @@ def test_replays_train_as_plain_iterations_do(resident: bool, guard: bool) -> No
     assert [captured.graph.replays for captured in graph.captured] == [4, 2]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("searches", [False, True])
+def test_algorithms_are_searched_for_whole_batches_only(
+    captures: bool, searches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", searches)
+    step = build("cpu", batch_size=8)
+    seen = set()
+    step.model.register_forward_pre_hook(
+        lambda _, inputs: seen.add((len(inputs[0]), torch.backends.cudnn.benchmark))
+    )
+    step = captured(step) if captures else step
+    images, labels = dataset("cpu")
+    for rows in (torch.arange(16, 22), torch.arange(8)):  # a resumed run may begin with the last one
+        step(images[rows], labels[rows], rows)
+    # One branch in the attack, both in the training pass.
+    assert seen == {(6, False), (12, False), (8, searches), (16, searches)}
+    assert torch.backends.cudnn.benchmark == searches
+
+
 @pytest.mark.parametrize("graph", [ReplayedByHand, FailsToRecord])
 def test_warm_up_leaves_no_trace(
     graph: type[ReplayedByHand], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
