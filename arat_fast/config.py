@@ -58,8 +58,8 @@ class AttackConfig:
     the true one; auto: the method's published choice, which the run records.
     """
     start: Literal["auto", "uniform", "normal", "none"] = "auto"
-    """Start: uniform in the ball (L2: a normal direction of uniform length), 0.001 normal noise, or the clean
-    image; auto: the method's.
+    """Start: uniform in the ball (L2: a normal direction of uniform length) and in [0, 1], 0.001 normal noise
+    (not clamped, as TRADES'), or the clean image; auto: the method's.
     """
     bn: Literal["auto", "batch", "running"] = "auto"
     """BatchNorm while attacking: the batch's statistics (updates the branch's running ones), or the running

@@ -252,6 +252,7 @@ def pgd(
     steps: int = 10,
     norm: str = "Linf",
     start: Tensor | None = None,
+    clamp_start: bool = True,
     loss: str = "ce",
     branch: str = "adv",
     batch_statistics: bool = True,
@@ -260,15 +261,17 @@ def pgd(
     """Projected gradient ascent on a loss (Madry et al. 2018); returns the last iterate.
 
     images: (N, C, H, W) in [0, 1]; eps, alpha in the same pixel units; start: an offset added to the images
-    first (clamped with them to [0, 1]), or none; loss: "ce", or "margin" (Carlini and Wagner 2017). Each
-    step: sign of the gradient times alpha (L2: gradient over its per-image norm), projection onto the ball,
-    clamp to [0,
-    1]. With `batch_statistics` the network is in train mode and the branch's running statistics are updated
-    at every forward, as in the paper, unless `update_statistics` is off; without, eval mode. Images,
-    `.grad`s, modes, branches and the other branch's statistics are left alone.
+    first (clamped with them to [0, 1], unless `clamp_start` is off), or none; loss: "ce", or "margin"
+    (Carlini and Wagner 2017). Each step: sign of the gradient times alpha (L2: gradient over its per-image
+    norm), projection onto the ball, clamp to [0, 1]. With `batch_statistics` the network is in train mode and
+    the branch's running statistics are updated at every forward, as in the paper, unless `update_statistics`
+    is off; without, eval mode. Images, `.grad`s, modes, branches and the other branch's statistics are left
+    alone.
     """
     x = images.detach()
-    x_adv = x.clone() if start is None else (x + start).clamp(0, 1)
+    x_adv = x.clone() if start is None else x + start
+    if clamp_start and start is not None:
+        x_adv = x_adv.clamp(0, 1)
     with attack_mode(model, branch, batch_statistics, update_statistics), torch.enable_grad():
         for _ in range(steps):
             x_adv.requires_grad_()

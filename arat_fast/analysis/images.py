@@ -112,6 +112,7 @@ def attack_as_trained(
         steps=attack.steps,
         norm=attack.norm,
         start=start,
+        clamp_start=attack.start != "normal",
         loss=attack.loss,
         branch=attack.branch,
         batch_statistics=attack.bn == "batch",
