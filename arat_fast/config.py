@@ -136,7 +136,7 @@ class MAILConfig:
     start_epoch: Count = 75
     """First epoch (from 1) with weights."""
     warm_up: Literal["unweighted", "at"] = "unweighted"
-    """Until then: the method with all weights 1, or plain adversarial training."""
+    """Until then: the method with all weights 1, or plain adversarial training, which forwards x' alone."""
 
 
 @dataclass(frozen=True)

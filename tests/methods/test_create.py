@@ -228,3 +228,13 @@ def test_counted_operations_are_executed_ones(method: str, emr: float) -> None:
         step(x, y)
     counted = 4 * iteration_cost(config, (16, 16, 3), 10).iteration_flop
     assert 0.92 < counter.get_total_flops() / counted < 1.06
+
+
+def test_a_warm_up_by_at_costs_what_its_last_epoch_does() -> None:
+    """The clean images are forwarded from the start epoch on; before it, x' alone."""
+    config = load_recipe("emr-mail-trades-cifar10-resnet18")
+    network, method = build_fast(config, 3, 10)
+    assert isinstance(method, EMR)
+    assert method.plan == ("adv",)
+    cost = iteration_cost(config, (32, 32, 3), 10)
+    assert (cost.forwards, cost.full_backwards) == (10 + 2 + 1, 2)
