@@ -147,8 +147,10 @@ class LBGATConfig:
 
     beta: Annotated[float, Ge(0)] = 0.0
     """Weight of the TRADES term: 0 on CIFAR-10."""
-    teacher: str = "resnet18"
-    """Network of the teacher that is trained along on clean images."""
+    teacher: str = "resnet18-lbgat"
+    """Network of the teacher that is trained along on clean images; the authors' is a ResNet-18 whose second
+    group keeps the images' size.
+    """
     clean_statistics: bool = True
     """Without beta: let the clean images update the student's running statistics all the same, as in the
     published code.
@@ -235,7 +237,7 @@ class TrainConfig:
     ] = "arat"
     """Training method."""
     model: str = "resnet18"
-    """Network: resnet8, resnet18, wrn-34-10; for photos resnet18-imagenet, resnet50-imagenet;
+    """Network: resnet8, resnet18, wrn-34-10, resnet18-lbgat; for photos resnet18-imagenet, resnet50-imagenet;
     torchvision/NAME or timm/NAME.
     """
     dataset: str = "cifar10"

@@ -80,7 +80,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, the later groups of stride 2.
+    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, each group after the first
+    `full_size` ones of stride 2.
 
     `invariance_layers` names the taps of the paper's loss: the BatchNorms of the last group.
     """
@@ -93,6 +94,7 @@ class ResNet(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         split_bn: bool = True,
+        full_size: int = 1,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
@@ -102,7 +104,7 @@ class ResNet(nn.Module):
         for g, (name, width, count) in enumerate(zip(self.group_names, widths, blocks, strict=True)):
             group = nn.Sequential()
             for b in range(count):
-                group.append(BasicBlock(channels, width, 2 if g > 0 and b == 0 else 1, split_bn))
+                group.append(BasicBlock(channels, width, 2 if g >= full_size and b == 0 else 1, split_bn))
                 channels = width
             self.add_module(name, group)
         self.linear = nn.Linear(channels, num_classes)
@@ -182,6 +184,20 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True)
     )
 
 
+def resnet18_lbgat(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True) -> ResNet:
+    """The teacher of LBGAT's authors: ResNet-18 whose second group keeps the images' size, 3.2 times the
+    arithmetic.
+    """
+    return ResNet(
+        (64, 128, 256, 512),
+        (2, 2, 2, 2),
+        num_classes=num_classes,
+        in_channels=in_channels,
+        split_bn=split_bn,
+        full_size=2,
+    )
+
+
 def resnet8(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True) -> ResNet:
     """ResNet-8, the smallest of the CIFAR family (He et al. 2016): three groups of one block."""
     return ResNet(
@@ -194,7 +210,12 @@ def wrn_34_10(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True
     return WideResNet(34, 10, num_classes=num_classes, in_channels=in_channels, split_bn=split_bn)
 
 
-MODELS = {"resnet8": resnet8, "resnet18": resnet18, "wrn-34-10": wrn_34_10}
+MODELS = {
+    "resnet8": resnet8,
+    "resnet18": resnet18,
+    "resnet18-lbgat": resnet18_lbgat,
+    "wrn-34-10": wrn_34_10,
+}
 
 
 @contextmanager
