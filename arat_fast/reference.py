@@ -243,11 +243,15 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def attack_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """(N,) loss that an attack maximises: "ce", or "margin", the best wrong logit less the true one."""
+    """(N,) loss that an attack maximises: "ce"; "margin", the best wrong logit less the true one; or
+    "kl", from the probabilities (N, classes) that `labels` then are.
+    """
     if kind == "ce":
         return F.cross_entropy(logits, labels, reduction="none")
+    if kind == "kl":
+        return F.kl_div(F.log_softmax(logits, dim=1), labels, reduction="none").sum(1)
     if kind != "margin":
-        raise ValueError(f"loss is {kind!r}; expected ce or margin")
+        raise ValueError(f"loss is {kind!r}; expected ce, kl or margin")
     true = logits.gather(1, labels[:, None])[:, 0]
     wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     return wrong - true
@@ -282,21 +286,25 @@ def pgd(
     """Projected gradient ascent on a loss (Madry et al. 2018); returns the last iterate.
 
     images: (N, C, H, W) in [0, 1]; eps, alpha in the same pixel units; start: an offset added to the images
-    first (clamped with them to [0, 1], unless `clamp_start` is off), or none; loss: "ce", or "margin"
-    (Carlini and Wagner 2017). Each step: sign of the gradient times alpha (L2: gradient over its per-image
-    norm), projection onto the ball, clamp to [0, 1]. With `batch_statistics` the network is in train mode and
-    the branch's running statistics are updated at every forward, as in the paper, unless `update_statistics`
-    is off; without, eval mode. Images, `.grad`s, modes, branches and the other branch's statistics are left
-    alone.
+    first (clamped with them to [0, 1], unless `clamp_start` is off), or none; loss: "ce", "margin" (Carlini
+    and Wagner 2017) or "kl" from the clean prediction (Zhang et al. 2019). Each step: sign of the gradient
+    times alpha (L2: gradient over its per-image norm), projection onto the ball, clamp to [0, 1]. With
+    `batch_statistics` the network is in train mode and the branch's running statistics are updated at every
+    forward, as in the paper, unless `update_statistics` is off; without, eval mode. Images, `.grad`s, modes,
+    branches and the other branch's statistics are left alone.
     """
     x = images.detach()
     x_adv = x.clone() if start is None else x + start
     if clamp_start and start is not None:
         x_adv = x_adv.clamp(0, 1)
+    target = labels
+    if loss == "kl":
+        with attack_mode(model, branch, batch_statistics, update_statistics=False), torch.no_grad():
+            target = F.softmax(model(x), dim=1)
     with attack_mode(model, branch, batch_statistics, update_statistics), torch.enable_grad():
         for _ in range(steps):
             x_adv.requires_grad_()
-            objective = attack_loss(model(x_adv), labels, loss).sum()
+            objective = attack_loss(model(x_adv), target, loss).sum()
             (gradient,) = torch.autograd.grad(objective, x_adv)
             x_adv = x_adv.detach()
             if norm == "Linf":
