@@ -133,8 +133,8 @@ class MAILConfig:
     """Shift of the margin; none: -0.5 for MAIL-AT, 0 for MAIL-TRADES, -1.5 for MAIL-MART."""
     beta: Annotated[float, Ge(0)] = 5.0
     """Weight of the KL or MART term of MAIL-TRADES and MAIL-MART."""
-    start_epoch: Count = 75
-    """First epoch (from 1) with weights."""
+    start_epoch: Count = 77
+    """First epoch (from 1) with weights: 77 in MAIL's code, 75 in EMR's."""
     warm_up: Literal["unweighted", "at"] = "unweighted"
     """Until then: the method with all weights 1, or plain adversarial training, which forwards x' alone."""
 

@@ -136,6 +136,7 @@ def test_recipes_are_the_published_settings(name: str) -> None:
 
 def test_every_recipe_is_checked() -> None:
     assert {n for n in recipe_names() if not n.startswith("arat-")} == {*RECIPES, "digits"}
+    assert TrainConfig(method="mail-at").mail.start_epoch == 77
 
 
 @pytest.mark.parametrize("method", METHODS)
