@@ -58,8 +58,8 @@ class AttackConfig:
     the true one; auto: the method's published choice, which the run records.
     """
     start: Literal["auto", "uniform", "normal", "none"] = "auto"
-    """Start: uniform in the ball (L2: a normal direction of uniform length), 0.001 normal noise, or the clean
-    image; auto: the method's.
+    """Start: uniform in the ball (L2: a normal direction of uniform length) and in [0, 1], 0.001 normal noise
+    (not clamped, as TRADES'), or the clean image; auto: the method's.
     """
     bn: Literal["auto", "batch", "running"] = "auto"
     """BatchNorm while attacking: the batch's statistics (updates the branch's running ones), or the running
@@ -133,10 +133,10 @@ class MAILConfig:
     """Shift of the margin; none: -0.5 for MAIL-AT, 0 for MAIL-TRADES, -1.5 for MAIL-MART."""
     beta: Annotated[float, Ge(0)] = 5.0
     """Weight of the KL or MART term of MAIL-TRADES and MAIL-MART."""
-    start_epoch: Count = 75
-    """First epoch (from 1) with weights."""
+    start_epoch: Count = 77
+    """First epoch (from 1) with weights: 77 in MAIL's code, 75 in EMR's."""
     warm_up: Literal["unweighted", "at"] = "unweighted"
-    """Until then: the method with all weights 1, or plain adversarial training."""
+    """Until then: the method with all weights 1, or plain adversarial training, which forwards x' alone."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,10 @@ class LBGATConfig:
 
     beta: Annotated[float, Ge(0)] = 0.0
     """Weight of the TRADES term: 0 on CIFAR-10."""
-    teacher: str = "resnet18"
-    """Network of the teacher that is trained along on clean images."""
+    teacher: str = "resnet18-lbgat"
+    """Network of the teacher that is trained along on clean images; the authors' is a ResNet-18 whose second
+    group keeps the images' size.
+    """
     clean_statistics: bool = True
     """Without beta: let the clean images update the student's running statistics all the same, as in the
     published code.
@@ -235,7 +237,7 @@ class TrainConfig:
     ] = "arat"
     """Training method."""
     model: str = "resnet18"
-    """Network: resnet8, resnet18, wrn-34-10; for photos resnet18-imagenet, resnet50-imagenet;
+    """Network: resnet8, resnet18, wrn-34-10, resnet18-lbgat; for photos resnet18-imagenet, resnet50-imagenet;
     torchvision/NAME or timm/NAME.
     """
     dataset: str = "cifar10"

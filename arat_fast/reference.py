@@ -80,7 +80,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, the later groups of stride 2.
+    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, each group after the first
+    `full_size` ones of stride 2.
 
     `invariance_layers` names the taps of the paper's loss: the BatchNorms of the last group.
     """
@@ -93,6 +94,7 @@ class ResNet(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         split_bn: bool = True,
+        full_size: int = 1,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
@@ -102,7 +104,7 @@ class ResNet(nn.Module):
         for g, (name, width, count) in enumerate(zip(self.group_names, widths, blocks, strict=True)):
             group = nn.Sequential()
             for b in range(count):
-                group.append(BasicBlock(channels, width, 2 if g > 0 and b == 0 else 1, split_bn))
+                group.append(BasicBlock(channels, width, 2 if g >= full_size and b == 0 else 1, split_bn))
                 channels = width
             self.add_module(name, group)
         self.linear = nn.Linear(channels, num_classes)
@@ -182,6 +184,20 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True)
     )
 
 
+def resnet18_lbgat(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True) -> ResNet:
+    """The teacher of LBGAT's authors: ResNet-18 whose second group keeps the images' size, 3.2 times the
+    arithmetic.
+    """
+    return ResNet(
+        (64, 128, 256, 512),
+        (2, 2, 2, 2),
+        num_classes=num_classes,
+        in_channels=in_channels,
+        split_bn=split_bn,
+        full_size=2,
+    )
+
+
 def resnet8(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True) -> ResNet:
     """ResNet-8, the smallest of the CIFAR family (He et al. 2016): three groups of one block."""
     return ResNet(
@@ -194,7 +210,12 @@ def wrn_34_10(num_classes: int = 10, in_channels: int = 3, split_bn: bool = True
     return WideResNet(34, 10, num_classes=num_classes, in_channels=in_channels, split_bn=split_bn)
 
 
-MODELS = {"resnet8": resnet8, "resnet18": resnet18, "wrn-34-10": wrn_34_10}
+MODELS = {
+    "resnet8": resnet8,
+    "resnet18": resnet18,
+    "resnet18-lbgat": resnet18_lbgat,
+    "wrn-34-10": wrn_34_10,
+}
 
 
 @contextmanager
@@ -222,11 +243,15 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def attack_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """(N,) loss that an attack maximises: "ce", or "margin", the best wrong logit less the true one."""
+    """(N,) loss that an attack maximises: "ce"; "margin", the best wrong logit less the true one; or
+    "kl", from the probabilities (N, classes) that `labels` then are.
+    """
     if kind == "ce":
         return F.cross_entropy(logits, labels, reduction="none")
+    if kind == "kl":
+        return F.kl_div(F.log_softmax(logits, dim=1), labels, reduction="none").sum(1)
     if kind != "margin":
-        raise ValueError(f"loss is {kind!r}; expected ce or margin")
+        raise ValueError(f"loss is {kind!r}; expected ce, kl or margin")
     true = logits.gather(1, labels[:, None])[:, 0]
     wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     return wrong - true
@@ -252,6 +277,7 @@ def pgd(
     steps: int = 10,
     norm: str = "Linf",
     start: Tensor | None = None,
+    clamp_start: bool = True,
     loss: str = "ce",
     branch: str = "adv",
     batch_statistics: bool = True,
@@ -260,19 +286,25 @@ def pgd(
     """Projected gradient ascent on a loss (Madry et al. 2018); returns the last iterate.
 
     images: (N, C, H, W) in [0, 1]; eps, alpha in the same pixel units; start: an offset added to the images
-    first (clamped with them to [0, 1]), or none; loss: "ce", or "margin" (Carlini and Wagner 2017). Each
-    step: sign of the gradient times alpha (L2: gradient over its per-image norm), projection onto the ball,
-    clamp to [0,
-    1]. With `batch_statistics` the network is in train mode and the branch's running statistics are updated
-    at every forward, as in the paper, unless `update_statistics` is off; without, eval mode. Images,
-    `.grad`s, modes, branches and the other branch's statistics are left alone.
+    first (clamped with them to [0, 1], unless `clamp_start` is off), or none; loss: "ce", "margin" (Carlini
+    and Wagner 2017) or "kl" from the clean prediction (Zhang et al. 2019). Each step: sign of the gradient
+    times alpha (L2: gradient over its per-image norm), projection onto the ball, clamp to [0, 1]. With
+    `batch_statistics` the network is in train mode and the branch's running statistics are updated at every
+    forward, as in the paper, unless `update_statistics` is off; without, eval mode. Images, `.grad`s, modes,
+    branches and the other branch's statistics are left alone.
     """
     x = images.detach()
-    x_adv = x.clone() if start is None else (x + start).clamp(0, 1)
+    x_adv = x.clone() if start is None else x + start
+    if clamp_start and start is not None:
+        x_adv = x_adv.clamp(0, 1)
+    target = labels
+    if loss == "kl":
+        with attack_mode(model, branch, batch_statistics, update_statistics=False), torch.no_grad():
+            target = F.softmax(model(x), dim=1)
     with attack_mode(model, branch, batch_statistics, update_statistics), torch.enable_grad():
         for _ in range(steps):
             x_adv.requires_grad_()
-            objective = attack_loss(model(x_adv), labels, loss).sum()
+            objective = attack_loss(model(x_adv), target, loss).sum()
             (gradient,) = torch.autograd.grad(objective, x_adv)
             x_adv = x_adv.detach()
             if norm == "Linf":

@@ -1,7 +1,7 @@
 """A Lightning module whose `training_step` calls `TrainStep`: any method of this project in your Trainer.
 
     before                                          after
-    net = Net()                                     net = accelerate(Net())
+    net = Net()                                     net = accelerate(Net(), split_bn=("adv",))
                                                     self.automatic_optimization = False
                                                     def on_train_start(self): self.step = TrainStep(...)
     def training_step(self, batch, k):              def training_step(self, batch, k):
@@ -73,7 +73,7 @@ def fit(module):
 
 
 net = reference.resnet8(split_bn=False)  # your network: images in [0, 1] to logits
-before, after = Before(copy.deepcopy(net)), After(accelerate(net))
+before, after = Before(copy.deepcopy(net)), After(accelerate(net, split_bn=("adv",)))
 print(f"loss of the last batch: before {fit(before):.3f}, after {fit(after):.3f}")
 if options.measure:
     print(before_after(lambda: fit(before), lambda: fit(after), count, before.device))

@@ -29,7 +29,8 @@ class CompileCase:
 
     `load_bytes` is the width at which every activation stream must be read (the narrowest global load of the
     kernel that is not a scalar's); less than 16 is for kernels that gather bytes, None for kernels that read
-    no stream. `bfloat16`: the kernel touches it, so it is not compiled for sm_75.
+    no stream. `bfloat16`: the kernel touches it, so it is not compiled for sm_75. `branchless`: a correctly
+    rounded division or root is refused, as no load is moved across the branch to its slow path.
     """
 
     kernel: Any
@@ -38,6 +39,7 @@ class CompileCase:
     meta: Mapping[str, Any] = field(default_factory=dict)
     load_bytes: int | None = 16
     bfloat16: bool = False
+    branchless: bool = False
 
     @property
     def name(self) -> str:

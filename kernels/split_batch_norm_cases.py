@@ -90,4 +90,5 @@ def cases() -> Iterator[CompileCase]:
                         meta,
                         load_bytes=16 if wide else None,
                         bfloat16=dtype == torch.bfloat16,
+                        branchless=True,
                     )

@@ -24,9 +24,9 @@ __all__ = [
     "statistics_triton",
 ]
 
-# Up to here one program runs down a whole column of the layer, twice, the second time out of L1 or L2.
-# 4 × 4 layers at batch 128 a branch have 2,048 rows.
-SMALL_ROWS = 2048
+# Bytes of a channel up to which one program holds a column of the layer, 8 channels, in its registers: 4 × 4
+# layers at batch 128 a branch have 2,048 rows. In fp32 so many would spill.
+SMALL_BYTES = 4096
 
 
 class Launch(NamedTuple):
@@ -93,8 +93,7 @@ def statistics_triton(x: Tensor, branches: int) -> tuple[Tensor, Tensor]:
             partial,
             rows,
             c,
-            STEPS=plan.steps,
-            UNROLL=plan.unroll,
+            plan.steps,
             BLOCK_R=plan.block_r,
             BLOCK_C=plan.block_c,
             num_warps=4,
@@ -107,8 +106,8 @@ def statistics_triton(x: Tensor, branches: int) -> tuple[Tensor, Tensor]:
             var,
             rows,
             c,
+            plan.rows,
             plan.splits,
-            ROWS=plan.rows,
             BLOCK_S=block_s,
             BLOCK_C=block_c,
             num_warps=4,
@@ -176,7 +175,7 @@ def reduce_triton(
     """
     branches = weight.shape[0]
     rows, c = _shape(x, branches)
-    plan = reduction(rows, c, branches, x.element_size(), streams=2)
+    plan = reduction(rows, c, branches, x.element_size(), streams=2 if second is None else 3)
     partial = torch.empty(branches, plan.splits, 2, c, dtype=torch.float32, device=x.device)
     sum_g, sum_gxhat = torch.empty_like(weight), torch.empty_like(weight)
     block_s, block_c = combination(plan.splits)
@@ -197,7 +196,7 @@ def reduce_triton(
             rows,
             c,
             eps,
-            STEPS=plan.steps,
+            plan.steps,
             UNROLL=plan.unroll,
             GATE=gate_kind(gate, relu),
             JOIN=second is not None,
@@ -285,13 +284,13 @@ def batch_forward_triton(
     """(y, bits or None, mean, var): one launch for few rows (or as `one_launch` says), else three."""
     branches = weight.shape[0]
     rows, c = _shape(x, branches)
-    if not (rows <= SMALL_ROWS if one_launch is None else one_launch):
+    if not (rows * x.element_size() <= SMALL_BYTES if one_launch is None else one_launch):
         mean, var = statistics_triton(x, branches)
         y, bits = apply_triton(x, mean, var, weight, bias, residual, relu, save_bits, eps)
         return y, bits, mean, var
     y, mean, var = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     bits = _new_bits(x) if save_bits else None
-    steps, block_r, block_c, num_warps = small(rows, c, x.element_size())
+    block_r, block_c, num_warps = small(rows)
     with on_device(x):
         _launch(
             forward.small_forward_kernel,
@@ -307,7 +306,6 @@ def batch_forward_triton(
             rows,
             c,
             eps,
-            STEPS=steps,
             HAS_RESIDUAL=residual is not None,
             RELU=relu,
             SAVE_BITS=save_bits,
@@ -338,7 +336,7 @@ def batch_backward_triton(
     """
     branches = weight.shape[0]
     rows, c = _shape(x, branches)
-    if not (rows <= SMALL_ROWS if one_launch is None else one_launch):
+    if not (rows * x.element_size() <= SMALL_BYTES if one_launch is None else one_launch):
         if second is not None:
             # Read once, gated and written as the sum; the next launch reads that and needs no gate.
             g = torch.empty_like(dy)
@@ -354,7 +352,7 @@ def batch_backward_triton(
         return dx, dresidual, dweight, dbias
     dx, dweight, dbias = torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)
     dresidual = torch.empty_like(dy) if residual_gradient else None
-    steps, block_r, block_c, num_warps = small(rows, c, x.element_size())
+    block_r, block_c, num_warps = small(rows)
     with on_device(x):
         _launch(
             backward.small_backward_kernel,
@@ -374,7 +372,6 @@ def batch_backward_triton(
             rows,
             c,
             eps,
-            STEPS=steps,
             GATE=gate_kind(gate, relu),
             JOIN=second is not None,
             RESIDUAL=residual_gradient,

@@ -24,27 +24,29 @@ GATE_RECOMPUTE = tl.constexpr(2)
 
 
 @triton.jit
+def _incoming(dy, second, ok, offsets, JOIN: tl.constexpr):
+    """Gradient of the output, fp32: dy or, with JOIN, dy + second, rounded as their sum would be."""
+    g = tl.load(dy + offsets, mask=ok, other=0.0).to(tl.float32)
+    if JOIN:
+        g += tl.load(second + offsets, mask=ok, other=0.0).to(tl.float32)
+        g = g.to(dy.dtype.element_ty).to(tl.float32)
+    return g
+
+
+@triton.jit
 def _through_relu(
-    dy,
-    second,
+    g,
     bits,
-    ok,
-    offsets,
     bits_ok,
     bits_offsets,
     centred,
     scale,
     shift,
     GATE: tl.constexpr,
-    JOIN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradient before the ReLU, fp32, of dy or, with JOIN, of dy + second, rounded as their sum would be."""
-    g = tl.load(dy + offsets, mask=ok, other=0.0).to(tl.float32)
-    if JOIN:
-        g += tl.load(second + offsets, mask=ok, other=0.0).to(tl.float32)
-        g = g.to(dy.dtype.element_ty).to(tl.float32)
+    """Gradient before the ReLU."""
     if GATE == GATE_BITS:
         packed = tl.load(bits + bits_offsets, mask=bits_ok, other=0).to(tl.int32)
         opened = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
@@ -55,7 +57,7 @@ def _through_relu(
 
 
 @triton.jit
-def _reduce_lanes(
+def _reduce_rows(
     dy,
     second,
     joined,
@@ -68,15 +70,14 @@ def _reduce_lanes(
     centre,
     scale,
     shift,
-    STEPS: tl.constexpr,
+    steps,
     UNROLL: tl.constexpr,
     GATE: tl.constexpr,
     JOIN: tl.constexpr,
-    STORE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Σ g and Σ g·(x − mean) over `rows` rows, a lane an element of the tile; STORE writes g to `joined`."""
+    """Σ g and Σ g·(x − mean) over `rows` rows, a lane an element of the tile; JOIN writes g to `joined`."""
     lane = tl.arange(0, BLOCK_R)
     offsets = lane[:, None] * C + channel[None, :]
     channel_ok = (channel < C)[None, :]
@@ -85,28 +86,16 @@ def _reduce_lanes(
     byte_ok = (byte < G)[None, :]
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for step in range(STEPS):
+    for step in range(steps):
         for u in tl.static_range(UNROLL):
             row_ok = (((step * UNROLL + u) * BLOCK_R + lane) < rows)[:, None]
             ok = row_ok & channel_ok
+            g = _incoming(dy, second, ok, offsets, JOIN)
             centred = tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32) - centre[None, :]
             g = _through_relu(
-                dy,
-                second,
-                bits,
-                ok,
-                offsets,
-                row_ok & byte_ok,
-                bits_offsets,
-                centred,
-                scale,
-                shift,
-                GATE,
-                JOIN,
-                BLOCK_R,
-                BLOCK_C,
+                g, bits, row_ok & byte_ok, bits_offsets, centred, scale, shift, GATE, BLOCK_R, BLOCK_C
             )
-            if STORE:
+            if JOIN:
                 tl.store(joined + offsets, g.to(joined.dtype.element_ty), mask=ok)
                 joined += BLOCK_R * C
             sum_g += g
@@ -120,7 +109,7 @@ def _reduce_lanes(
     return tl.sum(sum_g, 0), tl.sum(sum_gx, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def reduce_partial_kernel(
     dy,
     second,
@@ -135,7 +124,7 @@ def reduce_partial_kernel(
     R,
     C,
     eps,
-    STEPS: tl.constexpr,
+    steps,
     UNROLL: tl.constexpr,
     GATE: tl.constexpr,
     JOIN: tl.constexpr,
@@ -159,9 +148,9 @@ def reduce_partial_kernel(
         scale = tl.load(weight + at, mask=channel_ok, other=0.0)
         scale *= inverse_std(tl.load(var + at, mask=channel_ok, other=1.0), eps)
         shift = tl.load(bias + at, mask=channel_ok, other=0.0)
-    first = split * (STEPS * UNROLL * BLOCK_R)
+    first = split * (steps * UNROLL * BLOCK_R)
     start = branch.to(tl.int64) * R + first
-    sum_g, sum_gx = _reduce_lanes(
+    sum_g, sum_gx = _reduce_rows(
         dy + start * C,
         second + start * C,
         joined + start * C,
@@ -174,10 +163,9 @@ def reduce_partial_kernel(
         centre,
         scale,
         shift,
-        STEPS,
+        steps,
         UNROLL,
         GATE,
-        JOIN,
         JOIN,
         BLOCK_R,
         BLOCK_C,
@@ -187,7 +175,7 @@ def reduce_partial_kernel(
     tl.store(partial + C + channel, sum_gx, mask=channel_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def reduce_combine_kernel(
     partial, var, sum_g, sum_gxhat, C, splits, eps, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -204,58 +192,6 @@ def reduce_combine_kernel(
     rstd = inverse_std(tl.load(var + at, mask=channel_ok, other=1.0), eps)
     tl.store(sum_g + at, total_g, mask=channel_ok)
     tl.store(sum_gxhat + at, total_gx * rstd, mask=channel_ok)
-
-
-@triton.jit
-def _input_gradient_tile(
-    dy,
-    second,
-    x,
-    bits,
-    dx,
-    dresidual,
-    ok,
-    offsets,
-    bits_ok,
-    bits_offsets,
-    centre,
-    scale,
-    shift,
-    mean_g,
-    slope,
-    BATCH: tl.constexpr,
-    GATE: tl.constexpr,
-    JOIN: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dx = (g − mean(g) − x̂·mean(g·x̂))·scale, where slope = mean(g·x̂)/std; dx = g·scale when not BATCH."""
-    if BATCH or GATE == GATE_RECOMPUTE:
-        centred = tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32) - centre[None, :]
-    else:
-        centred = 0.0
-    g = _through_relu(
-        dy,
-        second,
-        bits,
-        ok,
-        offsets,
-        bits_ok,
-        bits_offsets,
-        centred,
-        scale,
-        shift,
-        GATE,
-        JOIN,
-        BLOCK_R,
-        BLOCK_C,
-    )
-    if RESIDUAL:
-        tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=ok)
-    if BATCH:
-        g -= mean_g[None, :] + centred * slope[None, :]
-    tl.store(dx + offsets, (g * scale[None, :]).to(dx.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -281,7 +217,10 @@ def input_gradient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Dx [and the residual's gradient]; per_count = 1 / rows of all ranks; grid (tile, column, branch)."""
+    """dx = (g − mean(g) − x̂·mean(g·x̂))·scale, g·scale when not BATCH [and the residual's gradient, g].
+
+    per_count = 1 / rows of all ranks; slope = mean(g·x̂) / std; grid (tile, column, branch).
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     branch = tl.num_programs(2) - 1 - tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -305,31 +244,25 @@ def input_gradient_kernel(
     first = tile * BLOCK_R
     start = branch.to(tl.int64) * R + first
     row_ok = (first + row < R)[:, None]
+    ok = row_ok & channel_ok[None, :]
+    offsets = row[:, None] * C + channel[None, :]
     G = (C + 7) // 8
     byte = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-    _input_gradient_tile(
-        dy + start * C,
-        dy,
-        x + start * C,
-        bits + start * G,
-        dx + start * C,
-        dresidual + start * C,
-        row_ok & channel_ok[None, :],
-        row[:, None] * C + channel[None, :],
-        row_ok & (byte < G)[None, :],
-        row[:, None] * G + byte[None, :],
-        centre,
-        scale,
-        shift,
-        mean_g,
-        slope,
-        BATCH,
-        GATE,
-        False,
-        RESIDUAL,
-        BLOCK_R,
-        BLOCK_C,
+    bits_ok = row_ok & (byte < G)[None, :]
+    bits_offsets = row[:, None] * G + byte[None, :]
+    if BATCH or GATE == GATE_RECOMPUTE:
+        centred = tl.load(x + start * C + offsets, mask=ok, other=0.0).to(tl.float32) - centre[None, :]
+    else:
+        centred = 0.0
+    g = tl.load(dy + start * C + offsets, mask=ok, other=0.0).to(tl.float32)
+    g = _through_relu(
+        g, bits + start * G, bits_ok, bits_offsets, centred, scale, shift, GATE, BLOCK_R, BLOCK_C
     )
+    if RESIDUAL:
+        tl.store(dresidual + start * C + offsets, g.to(dresidual.dtype.element_ty), mask=ok)
+    if BATCH:
+        g -= mean_g[None, :] + centred * slope[None, :]
+    tl.store(dx + start * C + offsets, (g * scale[None, :]).to(dx.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -349,87 +282,43 @@ def small_backward_kernel(
     R,
     C,
     eps,
-    STEPS: tl.constexpr,
     GATE: tl.constexpr,
     JOIN: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Reductions and input gradient of a layer with few rows in one launch; grid (column, branch)."""
+    """Reductions and input gradient of at most BLOCK_R rows in one launch; grid (column, branch)."""
     branch = tl.program_id(1)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
     at = branch * C + channel
+    start = branch.to(tl.int64) * R
+    row = tl.arange(0, BLOCK_R)
+    row_ok = (row < R)[:, None]
+    ok = row_ok & channel_ok[None, :]
+    offsets = row[:, None] * C + channel[None, :]
     G = (C + 7) // 8
     byte = tl.program_id(0) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    g = _incoming(dy + start * C, second + start * C, ok, offsets, JOIN)
+    value = tl.load(x + start * C + offsets, mask=ok, other=0.0)
     centre = tl.load(mean + at, mask=channel_ok, other=0.0)
     rstd = inverse_std(tl.load(var + at, mask=channel_ok, other=1.0), eps)
     scale = tl.load(weight + at, mask=channel_ok, other=0.0) * rstd
     shift = tl.load(bias + at, mask=channel_ok, other=0.0)
-    start = branch.to(tl.int64) * R
-    dy += start * C
-    second += start * C
-    x += start * C
-    dx += start * C
-    dresidual += start * C
-    bits += start * G
-    sum_g, sum_gx = _reduce_lanes(
-        dy,
-        second,
-        dresidual,
-        x,
-        bits,
-        R,
-        C,
-        channel,
-        byte,
-        centre,
-        scale,
-        shift,
-        STEPS,
-        1,
-        GATE,
-        JOIN,
-        False,
-        BLOCK_R,
-        BLOCK_C,
+    centred = value.to(tl.float32) - centre[None, :]
+    bits_ok = row_ok & (byte < G)[None, :]
+    bits_offsets = row[:, None] * G + byte[None, :]
+    g = _through_relu(
+        g, bits + start * G, bits_ok, bits_offsets, centred, scale, shift, GATE, BLOCK_R, BLOCK_C
     )
-    sum_gxhat = sum_gx * rstd
+    if RESIDUAL:
+        tl.store(dresidual + start * C + offsets, g.to(dresidual.dtype.element_ty), mask=ok)
+    sum_g = tl.sum(g, 0)
+    sum_gxhat = tl.sum(g * centred, 0) * rstd
     tl.store(dbias + at, sum_g, mask=channel_ok)
     tl.store(dweight + at, sum_gxhat, mask=channel_ok)
     mean_g = sum_g / R
     slope = sum_gxhat / R * rstd
-
-    row = tl.arange(0, BLOCK_R)
-    for step in range(STEPS):
-        row_ok = (step * BLOCK_R + row < R)[:, None]
-        _input_gradient_tile(
-            dy,
-            second,
-            x,
-            bits,
-            dx,
-            dresidual,
-            row_ok & channel_ok[None, :],
-            row[:, None] * C + channel[None, :],
-            row_ok & (byte < G)[None, :],
-            row[:, None] * G + byte[None, :],
-            centre,
-            scale,
-            shift,
-            mean_g,
-            slope,
-            True,
-            GATE,
-            JOIN,
-            RESIDUAL,
-            BLOCK_R,
-            BLOCK_C,
-        )
-        dy += BLOCK_R * C
-        second += BLOCK_R * C
-        x += BLOCK_R * C
-        dx += BLOCK_R * C
-        dresidual += BLOCK_R * C
-        bits += BLOCK_R * G
+    g -= mean_g[None, :] + centred * slope[None, :]
+    tl.store(dx + start * C + offsets, (g * scale[None, :]).to(dx.dtype.element_ty), mask=ok)

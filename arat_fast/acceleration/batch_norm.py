@@ -1,7 +1,8 @@
-"""Split BatchNorm in a place where nobody has arranged layouts and shapes for it."""
+"""What stands in a BatchNorm's place: the fused one, or split BN where there are several branches."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,9 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arat_fast.nn import SplitBatchNorm2d
+from arat_fast.nn.branch_state import BranchState
 from arat_fast.nn.branches import BATCH_NORM_ENTRIES, split_copy
+from arat_fast.nn.fused_batch_norm import FusedBatchNorm2d, has_hooks
 
-__all__ = ["DropInBatchNorm2d", "DropInBatchNormAct2d", "drop_in", "has_hooks", "original_of", "why_not"]
+from .classes import subclass
+
+__all__ = [
+    "DropInBatchNorm2d",
+    "DropInBatchNormAct2d",
+    "FusedBatchNormAct2d",
+    "drop_in",
+    "fuse_in_place",
+    "original_of",
+    "unfuse",
+    "why_not",
+]
 
 
 class DropInBatchNorm2d(SplitBatchNorm2d):
@@ -62,8 +76,36 @@ class DropInBatchNormAct2d(DropInBatchNorm2d):
         return y
 
 
+class FusedBatchNormAct2d(FusedBatchNorm2d):
+    """What timm's BatchNormAct2d becomes, as a subclass of it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is BatchNorm and ReLU, which is one call."""
+        return _is_relu_alone(self.drop, self.act)
+
+    @property
+    def afterwards(self) -> tuple[nn.Module, nn.Module]:
+        """What follows the normalisation, also where that is folded into a convolution."""
+        return self.drop, self.act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """act(drop(BN(x))), one fused call where that is a ReLU."""
+        if self.fused:
+            return super().forward(x, relu=True)
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
 def _is_norm_act(module: nn.Module) -> bool:
     return type(module).__name__ == "BatchNormAct2d" and type(module).__module__.startswith("timm.")
+
+
+def _is_relu_alone(drop: nn.Module, act: nn.Module) -> bool:
+    return type(drop) is nn.Identity and type(act) is nn.ReLU
 
 
 def why_not(module: nn.BatchNorm2d) -> str | None:
@@ -78,15 +120,38 @@ def why_not(module: nn.BatchNorm2d) -> str | None:
     return None
 
 
+def fuse_in_place(module: nn.BatchNorm2d, state: BranchState, channels_last: bool) -> None:
+    """Make a BatchNorm that `why_not` has nothing against a `FusedBatchNorm2d`; `unfuse` undoes it."""
+    module.state = state  # type: ignore[assignment]
+    module.channels_last = channels_last  # type: ignore[assignment]
+    _fuse_again(module)
+
+
+def _fuse_again(module: nn.Module) -> None:
+    cls: Any = type(module)
+    module.__class__ = _fused_act(cls) if _is_norm_act(module) else FusedBatchNorm2d
+
+
+@functools.cache  # one class for all layers, for compilers' sake
+def _fused_act(cls: Any) -> type[nn.Module]:
+    return subclass(cls, _fuse_again, {}, FusedBatchNormAct2d)
+
+
+def unfuse(module: FusedBatchNorm2d) -> None:
+    """The BatchNorm that it was."""
+    module.__class__ = vars(type(module)).get("_plain_class", nn.BatchNorm2d)
+    del module.state, module.channels_last
+
+
 def drop_in(module: nn.BatchNorm2d, branches: tuple[str, ...], fuse: bool) -> DropInBatchNorm2d:
-    """The replacement of a BatchNorm that `why_not` has nothing against; hooks go with it."""
+    """Split BN in the place of a BatchNorm that `why_not` has nothing against; hooks go with it."""
     kind = DropInBatchNormAct2d if _is_norm_act(module) else DropInBatchNorm2d
     new = split_copy(module, kind, branches)
     if isinstance(new, DropInBatchNormAct2d):
         assert isinstance(module.drop, nn.Module)
         assert isinstance(module.act, nn.Module)
         new.drop, new.act = module.drop, module.act
-        new.fused = fuse and type(new.drop) is nn.Identity and type(new.act) is nn.ReLU
+        new.fused = fuse and _is_relu_alone(new.drop, new.act)
     new.original = (module,)
     _share_hooks(module, new)
     return new
@@ -103,16 +168,6 @@ def original_of(module: DropInBatchNorm2d, branch: str) -> nn.BatchNorm2d:
     original.weight.requires_grad_(module.weight.requires_grad)
     original.bias.requires_grad_(module.bias.requires_grad)
     return original.train(module.training)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the module's calls or gradients."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _share_hooks(old: nn.Module, new: nn.Module) -> None:

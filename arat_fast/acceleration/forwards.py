@@ -1,11 +1,11 @@
-"""Other forwards for modules that stay what they are: submodules, state_dict, methods, `isinstance`.
-
-A module gets a subclass of its class whose `forward` is the faster one; `restore` gives the class back.
-"""
+"""Other forwards for modules that stay what they are: a subclass of their class has the faster one."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from .batch_norm import DropInBatchNorm2d
-from .fusion import Fused, fuse
-from .tracing import NotTraceable, required_arguments, trace
+from .classes import subclass
+from .fusion import FUSABLE, Fused, fuse
+from .tracing import NotTraceable, required_arguments, same, trace
 
-__all__ = ["fuse_forwards", "restore", "run_in_half"]
+__all__ = ["fuse_forwards", "run_with"]
 
 Forward = Callable[..., Any]
+VIEW_NOTE = (
+    "accelerate keeps activations channels-last, and .view cannot flatten those: write x.flatten(1) or "
+    "x.reshape(...) in its place, or accelerate(model, channels_last=False)"
+)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # without a forward: their parent calls what they hold
 
 
@@ -47,7 +51,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     def calls(module: nn.Module) -> bool:
         return any(
-            type(child) is DropInBatchNorm2d or (isinstance(child, _CONTAINERS) and calls(child))
+            type(child) in FUSABLE or (isinstance(child, _CONTAINERS) and calls(child))
             for child in module.children()
         )
 
@@ -56,10 +60,25 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """What a fused forward rests on: settings that were read, and the modules that it leaves out or fuses."""
+
+    settings: dict[str, Any]
+    modules: dict[str, type]
+
+    def holds(self, module: nn.Module) -> bool:
+        return all(same(value, getattr(module, name, None)) for name, value in self.settings.items()) and all(
+            type(module.get_submodule(name)) is kind for name, kind in self.modules.items()
+        )
+
+
 def _fuse_forward(owner: nn.Module, classes: dict[tuple[object, ...], type[nn.Module]]) -> Fused:
     """Give `owner` its fused forward. `classes` shares one class among equal modules, for compilers' sake."""
     cls = type(owner)
-    graphs = [trace(owner, training) for training in (True, False)]
+    traced = [trace(owner, training) for training in (True, False)]
+    graphs = [graph for graph, _ in traced]
+    called = [_called(graph) for graph in graphs]
     results = [fuse(graph, owner) for graph in graphs]
     if results[0] != results[1]:
         raise NotTraceable("other BatchNorm calls in train than in eval mode")
@@ -70,34 +89,72 @@ def _fuse_forward(owner: nn.Module, classes: dict[tuple[object, ...], type[nn.Mo
     if key not in classes:
         train, evaluate = (type(fx.GraphModule(owner, graph)).forward for graph in graphs)
         arguments = len(required_arguments(cls))
-        classes[key] = _subclass(cls, _dispatch(cls, train, evaluate, arguments, sources[0] == sources[1]))
+        forward = _dispatch(cls, train, evaluate, arguments, sources[0] == sources[1])
+        classes[key] = _subclass(cls, forward, _fuse_again)
+    gone = {name for names, graph in zip(called, graphs, strict=True) for name in names - _called(graph)}
+    names = sorted(gone | results[0].relu | results[0].add)
     owner.__class__ = classes[key]
+    owner.__dict__["_traced"] = _Traced(
+        traced[0][1] | traced[1][1], {name: type(owner.get_submodule(name)) for name in names}
+    )
     return results[0]
 
 
-def _dispatch(cls: type[nn.Module], train: Forward, evaluate: Forward, arguments: int, same: bool) -> Forward:
+def _called(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _fuse_again(owner: nn.Module) -> None:
+    with suppress(NotTraceable):
+        _fuse_forward(owner, {})
+
+
+def _dispatch(
+    cls: type[nn.Module], train: Forward, evaluate: Forward, arguments: int, alike: bool
+) -> Forward:
     original = cls.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # The graph was traced with the defaults of all other arguments.
-        if kwargs or len(args) != arguments:
+        # The graph was traced with the defaults of all other arguments, and the settings of then.
+        if kwargs or len(args) != arguments or not vars(self)["_traced"].holds(self):
             return original(self, *args, **kwargs)
-        return train(self, *args) if same or self.training else evaluate(self, *args)
+        return train(self, *args) if alike or self.training else evaluate(self, *args)
 
     return forward
 
 
-def run_in_half(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let `model` run under autocast to `dtype`; what it returns in half precision becomes float32."""
+def run_with(model: nn.Module, dtype: torch.dtype | None, channels_last: bool) -> None:
+    """Let `model` run under autocast to `dtype`, what it returns in half precision becoming float32.
+
+    channels_last: say of errors of `.view` what they come from.
+    """
     original = type(model).forward
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        device = next(p.device.type for p in self.parameters())
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original(self, *args, **kwargs)
+        device = next((p.device.type for p in self.parameters()), None) or _device(args)
         with torch.autocast(device, dtype):
             output = original(self, *args, **kwargs)
         return tree_map(_widened, output)
 
-    model.__class__ = _subclass(type(model), forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not channels_last or torch.compiler.is_compiling():
+            return run(self, *args, **kwargs)
+        try:
+            return run(self, *args, **kwargs)
+        except RuntimeError as error:
+            if "view size is not compatible" in str(error):
+                error.add_note(VIEW_NOTE)
+            raise
+
+    again = functools.partial(run_with, dtype=dtype, channels_last=channels_last)
+    model.__class__ = _subclass(type(model), forward, again)
+
+
+def _device(args: tuple[Any, ...]) -> str:
+    """For DataParallel's replicas, which have no parameters."""
+    return next((value.device.type for value in args if isinstance(value, Tensor)), "cpu")
 
 
 def _widened(value: Any) -> Any:
@@ -105,17 +162,10 @@ def _widened(value: Any) -> Any:
     return value.float() if half else value
 
 
-def _subclass(cls: type[nn.Module], forward: Forward) -> type[nn.Module]:
+def _subclass(cls: type[nn.Module], forward: Forward, again: Callable[[nn.Module], None]) -> type[nn.Module]:
     # A code object of its own: compilers keep what they made of it by code object, and not for many models.
     assert isinstance(forward, FunctionType)
     code = forward.__code__.replace()
     own = FunctionType(code, forward.__globals__, "forward", forward.__defaults__, forward.__closure__)
-    names = {"forward": own, "__module__": cls.__module__, "__doc__": cls.__doc__, "_plain_class": cls}
-    return type(cls.__name__, (cls,), names)
-
-
-def restore(model: nn.Module) -> None:
-    """Give every module of `model` the class back that it had."""
-    for module in model.modules():
-        while "_plain_class" in vars(type(module)):
-            module.__class__ = vars(type(module))["_plain_class"]
+    functools.update_wrapper(own, cls.forward)  # for inspect.signature
+    return subclass(cls, again, {"forward": own})

@@ -16,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .batch_norm import DropInBatchNorm2d, has_hooks
+from arat_fast.nn.fused_batch_norm import FusedBatchNorm2d, has_hooks
 
-__all__ = ["Fused", "fuse"]
+from .batch_norm import DropInBatchNorm2d
+
+__all__ = ["FUSABLE", "Fused", "fuse"]
+
+FUSABLE = (FusedBatchNorm2d, DropInBatchNorm2d)
 
 _RELU_FUNCTIONS: frozenset[Any] = frozenset({F.relu, F.relu_, torch.relu, torch.relu_})
 _ADD_FUNCTIONS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add})
@@ -140,7 +144,7 @@ class _Fusion:
         return type(module) is nn.Identity and not has_hooks(module)
 
     def _is_batch_norm(self, node: fx.Node) -> bool:
-        return type(self._module(node)) is DropInBatchNorm2d
+        return type(self._module(node)) in FUSABLE
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":

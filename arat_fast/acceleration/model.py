@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -14,11 +14,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arat_fast.errors import unknown_name
 from arat_fast.nn import SplitBatchNorm2d, bind_branches
 from arat_fast.nn.bf16 import bf16_pays
-from arat_fast.nn.branch_state import BranchState
+from arat_fast.nn.branch_state import BranchState, shared_state
 from arat_fast.nn.branches import replace_modules
+from arat_fast.nn.fused_batch_norm import FusedBatchNorm2d
 
-from .batch_norm import DropInBatchNorm2d, DropInBatchNormAct2d, drop_in, original_of, why_not
-from .forwards import fuse_forwards, restore, run_in_half
+from .batch_norm import (
+    DropInBatchNorm2d,
+    DropInBatchNormAct2d,
+    FusedBatchNormAct2d,
+    drop_in,
+    fuse_in_place,
+    original_of,
+    unfuse,
+    why_not,
+)
+from .classes import restore
+from .forwards import fuse_forwards, run_with
 from .report import Report
 
 __all__ = ["accelerate", "revert"]
@@ -41,21 +52,25 @@ def accelerate(
 ) -> ModuleT:
     """Make `model` faster, in place, by named choices; `revert` undoes them all.
 
-    Parameters, names, methods and class of the model stay; BatchNorm2d becomes `SplitBatchNorm2d`, whose
-    parameters are new ones: build the optimizer afterwards. Modules whose forward calls BN -> ReLU or
-    BN -> add [-> ReLU] get a rewritten one, found by torch.fx; a forward that cannot be followed stays, its
-    BatchNorms replaced but not fused. Settings that a rewritten forward reads (but for `training`) are those
-    of now. Hooks go on seeing what they saw, and what they watch is computed on its own; only a ReLU that is
-    hooked later may not be called any more.
+    Parameters, buffers, state_dict, names, methods and class of the model stay, and an optimizer built before
+    goes on: a BatchNorm2d becomes a subclass of itself, `FusedBatchNorm2d`. With split_bn it becomes
+    `SplitBatchNorm2d`, whose parameters are new ones: build the optimizer afterwards.
+
+    Modules whose forward calls BN -> ReLU or BN -> add [-> ReLU] get a rewritten one, found by torch.fx; a
+    forward that cannot be followed stays, its BatchNorms replaced but not fused. So does the old one run
+    where an attribute that it reads has changed since, or a layer was replaced. Hooks go on seeing what they
+    saw, and what they watch is computed on its own; only a ReLU that is hooked later may not be called any
+    more. Copies and pickles of the model are accelerated models (when loaded, not compiled).
 
     Args:
         model: any network. Without BatchNorm2d (a transformer) layout, precision and compilation remain.
-        channels_last: keep 4-d parameters, and with them activations, channels-last.
+        channels_last: keep 4-d parameters, and with them activations, channels-last; `.view` cannot flatten
+            those. False: layouts stay as they are, and only BatchNorms that get channels-last are fused.
         split_bn: a BatchNorm branch for clean and one for adversarial images, or for each of the given names;
             False: one branch.
         fused_bn: replace BatchNorm by the fused kernel, with ReLU and addition where they follow.
         precision: "bf16" runs the forward under autocast and returns float32; "auto" does so where bf16
-            is fast; "fp32" leaves it to the caller.
+            is fast; "fp32" leaves it to the caller. An autocast around the model does not change bf16.
         compile: compile the forward (`nn.Module.compile`).
 
     Returns:
@@ -75,11 +90,11 @@ def accelerate(
         compiled=compile,
     )
     if names and (fused_bn or split_bn):
-        report = _replace_batch_norms(model, names, _branches(split_bn), fused_bn, report)
+        report = _replace_batch_norms(model, names, split_bn, fused_bn, report)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if half is not None:
-        run_in_half(model, half)
+    if half is not None or channels_last:
+        run_with(model, half, channels_last)
     if compile:
         model.compile(dynamic=False)
     if not hasattr(model, "report"):
@@ -90,9 +105,10 @@ def accelerate(
 
 
 def revert(model: ModuleT, branch: str | None = None) -> ModuleT:
-    """Undo `accelerate`, in place: `nn.BatchNorm2d` with one branch's values, plain state_dict keys.
+    """Undo `accelerate`, in place: `nn.BatchNorm2d` again, with the present values.
 
-    branch: whose values; None: the last one's, which is the inference branch (adv). Build optimizers anew.
+    branch: of split BN, whose values; None: the last one's, which is the inference branch (adv). After split
+    BN build optimizers anew.
 
     Raises ValueError for a model that is not accelerated, or an unknown branch.
     """
@@ -103,18 +119,24 @@ def revert(model: ModuleT, branch: str | None = None) -> ModuleT:
         )
     chosen = report.branches[-1] if branch is None and report.branches else branch
     if chosen is not None and chosen not in report.branches:
-        known = f"one of {report.branches}" if report.branches else "None: no BatchNorm was replaced"
+        known = f"one of {report.branches}" if report.branches else "None: no BatchNorm was split"
         raise ValueError(f"branch is {chosen!r}; expected {known}")
+    for module in model.modules():
+        if isinstance(module, FusedBatchNorm2d):
+            unfuse(module)
+        module.__dict__.pop("_traced", None)
     restore(model)
     model._compiled_call_impl = None
     if chosen is not None:
-        layers = [m for m in model.modules() if isinstance(m, DropInBatchNorm2d)]
-        for layer in layers:
+        for layer in (m for m in model.modules() if isinstance(m, DropInBatchNorm2d)):
             layer.state.unbind(model)
-        model.__dict__.pop("_branch_state", None)
         replace_modules(
             model, lambda _, m: original_of(m, chosen) if isinstance(m, DropInBatchNorm2d) else None
         )
+    state = shared_state(model)
+    if state is not None and not any(isinstance(m, SplitBatchNorm2d) for m in model.modules()):
+        state.unbind(model)
+        del model._branch_state
     if report.channels_last:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     del model._acceleration
@@ -128,7 +150,9 @@ def _batch_norms(model: nn.Module, split: bool) -> tuple[list[str], dict[str, st
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
     name = type(model).__name__
-    if "_acceleration" in vars(model) or any(isinstance(m, DropInBatchNorm2d) for m in model.modules()):
+    if "_acceleration" in vars(model) or any(
+        isinstance(m, DropInBatchNorm2d | FusedBatchNorm2d) for m in model.modules()
+    ):
         raise ValueError(f"{name} is accelerated already; revert it first")
     if isinstance(model, nn.BatchNorm2d):
         raise ValueError(f"model is itself a {name}; expected a network that holds it")
@@ -153,12 +177,6 @@ def _batch_norms(model: nn.Module, split: bool) -> tuple[list[str], dict[str, st
     return names, skipped
 
 
-def _branches(split_bn: bool | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(split_bn, bool):
-        return SPLIT if split_bn else SINGLE
-    return tuple(split_bn)
-
-
 def _half(model: nn.Module, precision: str) -> torch.dtype | None:
     """The dtype of autocast, None where there is to be none."""
     choices = get_args(Precision)
@@ -173,24 +191,33 @@ def _half(model: nn.Module, precision: str) -> torch.dtype | None:
 
 
 def _replace_batch_norms(
-    model: nn.Module, names: list[str], branches: tuple[str, ...], fuse: bool, report: Report
+    model: nn.Module, names: list[str], split_bn: bool | Sequence[str], fuse: bool, report: Report
 ) -> Report:
-    def build(_: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, nn.BatchNorm2d) and why_not(module) is None:
-            return drop_in(module, branches, fuse)
-        return None
-
-    BranchState(branches)  # refuses names before the first change
-    replace_modules(model, build)
-    bind_branches(model)
-    report = replace(report, replaced=tuple(names), branches=branches)
+    if split_bn:
+        branches = SPLIT if isinstance(split_bn, bool) else tuple(split_bn)
+        BranchState(branches)  # refuses names before the first change
+        replace_modules(model, lambda _, m: drop_in(m, branches, fuse) if _replaceable(m) else None)
+        bind_branches(model)
+        report = replace(report, branches=branches)
+    else:
+        state = shared_state(model) or BranchState(SINGLE)
+        for module in list(filter(_replaceable, model.modules())):
+            fuse_in_place(module, state, report.channels_last)
+        state.bind(model)
+        model._branch_state = state  # type: ignore[assignment]
+    report = replace(report, replaced=tuple(names))
     if not fuse:
         return report
     fused, reasons = fuse_forwards(model)
-    own = {n for n, m in model.named_modules() if isinstance(m, DropInBatchNormAct2d) and m.fused}
+    norm_act = (DropInBatchNormAct2d, FusedBatchNormAct2d)
+    own = {n for n, m in model.named_modules() if isinstance(m, norm_act) and m.fused}
     return replace(
         report,
         fused_relu=tuple(n for n in names if n in fused.relu | own),
         fused_add=tuple(n for n in names if n in fused.add),
         skipped={**report.skipped, **reasons},
     )
+
+
+def _replaceable(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    return isinstance(module, nn.BatchNorm2d) and why_not(module) is None

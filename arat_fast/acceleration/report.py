@@ -11,8 +11,8 @@ class Report:
     """Layers by their names in the model.
 
     Attributes:
-        replaced: BatchNorms that are `SplitBatchNorm2d` now.
-        branches: their branches; empty where none was replaced.
+        replaced: BatchNorms that are `FusedBatchNorm2d` now, or `SplitBatchNorm2d` with `branches`.
+        branches: of split BN; empty without.
         fused_relu: those that clamp at zero themselves.
         fused_add: those that add the residual themselves; most of them are in `fused_relu` too.
         skipped: why a layer was not replaced, or a module's BatchNorms not fused.

@@ -11,14 +11,18 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["NotTraceable", "required_arguments", "trace"]
+__all__ = ["NotTraceable", "required_arguments", "same", "trace"]
+
+_EVERY_MODULES = frozenset(dir(nn.Module()))
+_CONTAINERS = (dict, list, set)  # no unions: Dynamo reads `same`
+_VALUES = (bool, int, float, str)
 
 
 class NotTraceable(Exception):
@@ -50,16 +54,20 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def trace(module: nn.Module, training: bool) -> fx.Graph:
-    """The graph of `module.forward` in train or eval mode. Raises NotTraceable with the reason."""
+def trace(module: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph of `module.forward` in train or eval mode, and the settings that it read.
+
+    Raises NotTraceable with the reason.
+    """
     cls = type(module)
     if "forward" in vars(module):
         raise NotTraceable("a forward of the instance, not of its class")
     if {"isinstance", "type", "issubclass"} & set(_names_used(cls)):
         raise NotTraceable("a branch on types")
     before, mode = _snapshot(module), module.training
+    read: set[str] = set()
     try:
-        with torch.enable_grad(), _no_random_draws():
+        with torch.enable_grad(), _no_random_draws(), _recording(module, read):
             module.training = training
             graph = _Tracer().trace(module)
     except NotTraceable:
@@ -74,7 +82,27 @@ def trace(module: nn.Module, training: bool) -> fx.Graph:
         raise NotTraceable("a tensor that is neither parameter nor buffer")
     if changed:
         raise NotTraceable(f"attributes set in the forward ({', '.join(sorted(changed))})")
-    return graph
+    settings = {name: getattr(module, name) for name in read if not isinstance(vars(cls).get(name), property)}
+    kept = {k: v for k, v in settings.items() if not isinstance(v, Tensor | nn.Module | MethodType)}
+    return graph, {k: _shallow(v) for k, v in kept.items()}
+
+
+@contextmanager
+def _recording(module: nn.Module, read: set[str]) -> Iterator[None]:
+    """Names of the attributes that are read, but for those that every module has."""
+    cls = type(module)
+
+    def getattribute(self: nn.Module, name: str) -> Any:
+        value = cls.__getattribute__(self, name)
+        if name not in _EVERY_MODULES:
+            read.add(name)
+        return value
+
+    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": getattribute})
+    try:
+        yield
+    finally:
+        module.__class__ = cls
 
 
 def required_arguments(cls: type[nn.Module]) -> list[str]:
@@ -124,7 +152,22 @@ def _no_random_draws() -> Iterator[None]:
 
 def _snapshot(module: nn.Module) -> dict[str, Any]:
     """The attributes; containers as shallow copies."""
-    return {k: v.copy() if isinstance(v, dict | list | set) else v for k, v in vars(module).items()}
+    return {k: _shallow(v) for k, v in vars(module).items()}
+
+
+def _shallow(value: Any) -> Any:
+    return value.copy() if isinstance(value, _CONTAINERS) else value
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether a setting is what it was: the same object, an equal number or string, the same contents."""
+    if old is new:
+        return True
+    if type(old) is not type(new):
+        return False
+    if isinstance(old, _CONTAINERS):
+        return len(old) == len(new) and all(a is b for a, b in zip(_items(old), _items(new), strict=True))
+    return isinstance(old, _VALUES) and bool(old == new)
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> set[str]:
@@ -136,14 +179,7 @@ def _restore(module: nn.Module, before: dict[str, Any]) -> set[str]:
             del module.__dict__[name]
     for name, old in before.items():
         new = module.__dict__[name]
-        if isinstance(old, dict | list | set):
-            keys_differ = len(old) != len(new) or any(
-                a is not b for a, b in zip(_items(old), _items(new), strict=True)
-            )
-            if keys_differ:
-                changed.add(name)
-                module.__dict__[name] = old
-        elif new is not old:
+        if not (same(old, new) if isinstance(old, _CONTAINERS) else new is old):
             changed.add(name)
             module.__dict__[name] = old
     return changed

@@ -91,8 +91,7 @@ def attack_as_trained(
     """(centre, x'): the configured training attack; nothing of the network is changed.
 
     The centre is `images`, but for `aliased_start`, where the start is added to the batch itself. `scale` is
-    the share of eps and alpha that a warm-up has reached. Raises ValueError for another loss than ce and
-    margin.
+    the share of eps and alpha that a warm-up has reached.
     """
     attack = resolved_attack(attack, method)
     eps, start = attack.eps * scale, None
@@ -112,6 +111,7 @@ def attack_as_trained(
         steps=attack.steps,
         norm=attack.norm,
         start=start,
+        clamp_start=attack.start != "normal",
         loss=attack.loss,
         branch=attack.branch,
         batch_statistics=attack.bn == "batch",

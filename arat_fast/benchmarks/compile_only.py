@@ -2,7 +2,8 @@
 
     python -m arat_fast.benchmarks.compile_only [--target NAME ...] [--json FILE]
 
-Exit status 1 when a kernel fails to compile, spills, or reads a stream narrower than its case demands.
+Exit status 1 when a kernel fails to compile, spills, reads a stream narrower than its case demands, or
+divides with a branch where its case forbids it.
 Triton's driver is replaced for the whole process, so this is a process of its own and never one that
 interprets.
 """
@@ -141,6 +142,9 @@ def compile_case(case: CompileCase, target: str) -> Iterator[Compiled]:
     triton.runtime.driver.set_active(NoDriver(target))
     kernels = case.kernel.warmup(*case.args, grid=(1,), **case.meta)
     for compiled in kernels if isinstance(kernels, list) else [kernels]:
+        slow = re.search(r"\b(?:div|sqrt|rcp)\.rn\.f32", compiled.asm.get("ptx", ""))
+        if slow and case.branchless:
+            raise ValueError(f"{slow[0]} branches to a slow path; no load is moved across it")
         registers, spills, width = (_nvidia if target.startswith("sm_") else _amd)(compiled)
         yield Compiled(
             case.name, case.specialisation, target, registers, spills, compiled.metadata.shared, width

@@ -18,7 +18,7 @@ from torch import Tensor
 from arat_fast.kernels import split_batch_norm_batch_ops  # noqa: F401  registers the ops
 from arat_fast.kernels.dispatch import use_triton
 from arat_fast.kernels.split_batch_norm_launch import (
-    SMALL_ROWS,
+    SMALL_BYTES,
     batch_backward_triton,
     batch_forward_triton,
 )
@@ -123,7 +123,7 @@ def _forward(
         )[0]
 
     variants: dict[str, Variant] = {"ours": ours, "eager": eager, **_compiled(eager, view)}
-    if images * side * side <= SMALL_ROWS and use_triton(torch.empty(0, device=device)):
+    if images * side * side * dtype.itemsize <= SMALL_BYTES and use_triton(torch.empty(0, device=device)):
         variants |= {"ours, one launch": launches(True), "ours, three launches": launches(False)}
     elements = images * branches * channels * side * side
     read = elements * dtype.itemsize * (4 if residual else 3)
@@ -219,7 +219,7 @@ def _backward(
         "eager": eager,
         **_compiled(eager, reads_y(_view_backward)),
     }
-    if images * side * side <= SMALL_ROWS and on_triton:
+    if images * side * side * dtype.itemsize <= SMALL_BYTES and on_triton:
         variants |= {"ours, one launch": launches(True), "ours, three launches": launches(False)}
     elements = images * branches * channels * side * side
     moved = elements * dtype.itemsize * (6 if residual else 5)

@@ -21,6 +21,7 @@ __all__ = ["model_info"]
 ARCHITECTURES = {
     "resnet8": "ResNet-8",
     "resnet18": "ResNet-18",
+    "resnet18-lbgat": "ResNet-18",
     "wrn-34-10": "WideResNet-34-10",
     "resnet18-imagenet": "ResNet-18",
     "resnet50-imagenet": "ResNet-50",

@@ -47,10 +47,17 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, the later groups of stride 2."""
+    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, each group after the first
+    `full_size` ones of stride 2.
+    """
 
     def __init__(
-        self, widths: Sequence[int], blocks: Sequence[int], num_classes: int, in_channels: int
+        self,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        num_classes: int,
+        in_channels: int,
+        full_size: int = 1,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
@@ -60,7 +67,7 @@ class ResNet(nn.Module):
         for g, (name, width, count) in enumerate(zip(self.groups, widths, blocks, strict=True)):
             group = nn.Sequential()
             for b in range(count):
-                group.append(BasicBlock(channels, width, 2 if g > 0 and b == 0 else 1))
+                group.append(BasicBlock(channels, width, 2 if g >= full_size and b == 0 else 1))
                 channels = width
             self.add_module(name, group)
         self.linear = nn.Linear(channels, num_classes)
@@ -123,6 +130,9 @@ class WideResNet(nn.Module):
 MODELS: dict[str, Any] = {
     "resnet8": lambda classes, channels: ResNet((16, 32, 64), (1, 1, 1), classes, channels),
     "resnet18": lambda classes, channels: ResNet((64, 128, 256, 512), (2, 2, 2, 2), classes, channels),
+    "resnet18-lbgat": lambda classes, channels: ResNet(
+        (64, 128, 256, 512), (2, 2, 2, 2), classes, channels, full_size=2
+    ),
     "wrn-34-10": lambda classes, channels: WideResNet(34, 10, classes, channels),
 }
 

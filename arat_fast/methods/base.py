@@ -38,7 +38,8 @@ class Method(nn.Module, ABC):
     branch, each part with statistics of its own. taps: BatchNorm layers whose features `loss` wants; "" is
     the classifier's input. repeats_clean: one more update of the running statistics by the clean images.
     name: as in the configuration. compute: precision of a second network's convolutions.
-    Whatever changes between iterations is a 0-d tensor, so that a captured graph obeys it.
+    Whatever changes between iterations is a 0-d tensor, so that a captured graph obeys it; but `plan` may
+    change between epochs, which is then compiled and captured anew.
     """
 
     name: str = ""

@@ -49,7 +49,7 @@ class EMR(Method):
             raise ValueError(f"base is {base.name}, which has no adversarial images for the regulariser")
         self.base = base
         self.config = EMRConfig(coefficient, temperature)
-        self.name, self.plan, self.branches, self.taps = base.name, base.plan, base.branches, base.taps
+        self.name, self.branches, self.taps = base.name, base.branches, base.taps
         self.attacks, self.repeats_clean = base.attacks, base.repeats_clean
         self.register_buffer("coefficient", torch.tensor(coefficient), persistent=False)
         self._zero = torch.zeros((), requires_grad=True)
@@ -59,6 +59,11 @@ class EMR(Method):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._zero = torch.zeros_like(self.coefficient).requires_grad_()
         return self
+
+    @property
+    def plan(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The base's of this epoch."""
+        return self.base.plan
 
     @property
     def compute(self) -> torch.dtype:  # type: ignore[override]

@@ -5,7 +5,7 @@
     MAIL-TRADES CE(x) + beta * mean(w KL(p(x) ‖ p(x')))
     MAIL-MART   mean(w BCE) + beta * mean(REG)                   BCE and REG as in MART
 
-Before `start_epoch` every w is 1, or, with warm_up "at", the loss is CE(x').
+Before `start_epoch` every w is 1, or, with warm_up "at", the loss is CE(x') and x' alone is forwarded.
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ class MAIL(Method):
         self.kind = kind
         self.name = f"mail-{kind}"
         self.config = published_mail(config, self.name)
-        self.plan = ("adv",) if kind == "at" else ("clean", "adv")
         self.register_buffer("phase", torch.zeros(()), persistent=False)
+        self._plan_for(False)
 
     def on_epoch_start(self, epoch: int, rate_factor: float) -> None:
-        """Let the weights apply from the start epoch on."""
-        self.phase.fill_(float(epoch >= self.config.start_epoch))
+        """Let the weights apply from the start epoch on; after a warm-up "at" the plan changes then."""
+        started = epoch >= self.config.start_epoch
+        self.phase.fill_(float(started))
+        self._plan_for(started)
+
+    def _plan_for(self, started: bool) -> None:
+        alone = self.kind == "at" or (self.config.warm_up == "at" and not started)
+        self.plan = ("adv",) if alone else ("clean", "adv")
 
     def weights(self, adv: Tensor, labels: Tensor) -> Tensor:
         """w of adversarial logits (N, classes) in fp32 or wider: (N,), all 1 before the start epoch."""
@@ -48,25 +54,20 @@ class MAIL(Method):
         return 1 + self.phase * (3 * torch.sigmoid(slope * (wrong - true + bias)) - 1)
 
     def loss(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
-        """Terms ce_adv; ce_clean and kl; or bce and kl; with warm_up "at" ce_adv beside them."""
+        """Terms ce_adv; ce_clean and kl; or bce and kl; ce_adv alone in a warm-up "at"."""
         assert outputs.adv is not None
         adv, beta = wide(outputs.adv), self.config.beta
         w = self.weights(adv, labels)
-        if self.kind == "at":
+        if self.plan == ("adv",):
             return {"ce_adv": (w * F.cross_entropy(adv, labels, reduction="none")).mean()}
         assert outputs.clean is not None
         clean = wide(outputs.clean)
         if self.kind == "trades":
-            terms = {
+            return {
                 "ce_clean": F.cross_entropy(clean, labels),
                 "kl": beta * (w * kl_from_clean(clean, adv)).mean(),
             }
-        else:
-            terms = {
-                "bce": (w * boosted_cross_entropy(adv, labels)).mean(),
-                "kl": beta * weighted_divergence(clean, adv, labels).mean(),
-            }
-        if self.config.warm_up == "at":
-            terms = {name: self.phase * term for name, term in terms.items()}
-            terms["ce_adv"] = (1 - self.phase) * F.cross_entropy(adv, labels)
-        return terms
+        return {
+            "bce": (w * boosted_cross_entropy(adv, labels)).mean(),
+            "kl": beta * weighted_divergence(clean, adv, labels).mean(),
+        }

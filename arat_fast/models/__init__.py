@@ -16,9 +16,18 @@ from arat_fast.nn import bind_branches
 BRANCHES = ("clean", "adv")
 
 
-def _resnet(widths: Sequence[int], blocks: Sequence[int]) -> Callable[[int, int, Sequence[str]], nn.Module]:
+def _resnet(
+    widths: Sequence[int], blocks: Sequence[int], full_size: int = 1
+) -> Callable[[int, int, Sequence[str]], nn.Module]:
     def build(num_classes: int, in_channels: int, branches: Sequence[str]) -> nn.Module:
-        return ResNet(widths, blocks, num_classes=num_classes, in_channels=in_channels, branches=branches)
+        return ResNet(
+            widths,
+            blocks,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            branches=branches,
+            full_size=full_size,
+        )
 
     return build
 
@@ -42,6 +51,7 @@ def _photo(blocks: Sequence[int], bottleneck: bool) -> Callable[[int, int, Seque
 MODELS = {
     "resnet8": _resnet((16, 32, 64), (1, 1, 1)),
     "resnet18": _resnet((64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet18-lbgat": _resnet((64, 128, 256, 512), (2, 2, 2, 2), full_size=2),
     "wrn-34-10": _wide(34, 10),
     "resnet18-imagenet": _photo((2, 2, 2, 2), bottleneck=False),
     "resnet50-imagenet": _photo((3, 4, 6, 3), bottleneck=True),

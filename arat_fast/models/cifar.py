@@ -54,7 +54,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, the later groups of stride 2."""
+    """CIFAR residual network: 3x3 stem, no max-pool, groups of basic blocks, each group after the first
+    `full_size` ones of stride 2.
+    """
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class ResNet(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         branches: Sequence[str] = ("clean", "adv"),
+        full_size: int = 1,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
@@ -73,7 +76,8 @@ class ResNet(nn.Module):
         for g, (name, width, count) in enumerate(zip(self.group_names, widths, blocks, strict=True)):
             group = nn.Sequential()
             for b in range(count):
-                group.append(BasicBlock(channels, width, 2 if g > 0 and b == 0 else 1, branches))
+                stride = 2 if g >= full_size and b == 0 else 1
+                group.append(BasicBlock(channels, width, stride, branches))
                 channels = width
             self.add_module(name, group)
         self.linear = nn.Linear(channels, num_classes)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BOTH", "BranchState", "Statistics"]
+__all__ = ["BOTH", "BranchState", "Statistics", "update_running_statistics"]
 
 Statistics = Literal["auto", "batch", "running"]
 STATISTICS: tuple[Statistics, ...] = ("auto", "batch", "running")
@@ -20,6 +20,8 @@ BOTH = "both"
 
 
 class _Layer(Protocol):
+    """Statistics (branches, C) and counters (branches,), or (C,) and a number as `nn.BatchNorm2d`."""
+
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -77,11 +79,10 @@ class BranchState:
 
     def record(self, layer: _Layer, index: int | None, mean: Tensor, var: Tensor, rows: int) -> None:
         """Take a layer's batch statistics: now, or with the other layers' when the model's forward ends."""
-        update = _Update(layer, index, mean, var, rows)
         if self._pending is None:
-            _update_running_statistics([update])
+            update_running_statistics(layer, index, mean, var, rows)
         else:
-            self._pending.append(update)
+            self._pending.append(_Update(layer, index, mean, var, rows))
 
     def bind(self, model: nn.Module) -> None:
         """Update running statistics together when the forward of `model` ends, unless a part does so."""
@@ -112,6 +113,11 @@ class BranchState:
             _update_running_statistics(pending)
 
 
+def update_running_statistics(layer: _Layer, index: int | None, mean: Tensor, var: Tensor, rows: int) -> None:
+    """Take one layer's batch statistics now."""
+    _update_running_statistics([_Update(layer, index, mean, var, rows)])
+
+
 @torch.no_grad()
 def _update_running_statistics(updates: Sequence[_Update]) -> None:
     """running ← (1 − momentum)·running + momentum·batch with the unbiased variance, as `nn.BatchNorm2d`."""
@@ -120,8 +126,8 @@ def _update_running_statistics(updates: Sequence[_Update]) -> None:
         by_momentum.setdefault(update.layer.momentum, []).append(update)
     for momentum, group in by_momentum.items():
         counters = [_part(u.layer.num_batches_tracked, u.branch) for u in group]
-        running = [_part(u.layer.running_mean, u.branch) for u in group]
-        running += [_part(u.layer.running_var, u.branch) for u in group]
+        running = [_row(u.layer.running_mean, u.branch) for u in group]
+        running += [_row(u.layer.running_var, u.branch) for u in group]
         batch = [u.mean for u in group]
         batch += torch._foreach_mul([u.var for u in group], [u.rows / (u.rows - 1) for u in group])
         for rows in _each_part(batch, running):
@@ -130,7 +136,7 @@ def _update_running_statistics(updates: Sequence[_Update]) -> None:
                 torch._foreach_lerp_(running, rows, momentum)
                 continue
             # Cumulative average; a device tensor, so that nothing is read back.
-            weights = [(1.0 / counter).to(running[0].dtype)[:, None] for counter in counters] * 2
+            weights = [(1.0 / counter).to(running[0].dtype).view(-1, 1) for counter in counters] * 2
             for old, new, weight in zip(running, rows, weights, strict=True):
                 old.lerp_(new, weight.expand_as(new))
 
@@ -148,6 +154,10 @@ def _states(hooks: Mapping[int, Any]) -> list[object]:
 
 def _part(tensor: Tensor, index: int | None) -> Tensor:
     return tensor if index is None else tensor.narrow(0, index, 1)
+
+
+def _row(tensor: Tensor, index: int | None) -> Tensor:
+    return _part(tensor if tensor.ndim == 2 else tensor.unsqueeze(0), index)
 
 
 def shared_state(model: Any) -> BranchState | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .fused_batch_norm import FusedBatchNorm2d
 from .split_batch_norm import SplitBatchNorm2d
 
 __all__ = ["foldable"]
@@ -83,7 +84,7 @@ def foldable(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d:
             watch_convolution(name, module)
-        elif isinstance(module, SplitBatchNorm2d) or type(module) is nn.BatchNorm2d:
+        elif isinstance(module, SplitBatchNorm2d | FusedBatchNorm2d) or type(module) is nn.BatchNorm2d:
             watch_norm(name, module)
     try:
         with uses:

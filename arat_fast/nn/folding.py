@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .branch_state import BOTH
 from .branches import bind_branches, bn_mode, use_branch
 from .foldable import foldable
+from .fused_batch_norm import FusedBatchNorm2d
 from .split_batch_norm import SplitBatchNorm2d
 
 __all__ = ["FoldedBatchNorm", "FoldedModel"]
@@ -77,6 +78,9 @@ class FoldedModel:
             bn_mode(self.module, "running", update=False)
         elif branch is not None:
             raise ValueError(f"branch is {branch!r}; expected None: the model has no split BN")
+        for layer in self.module.modules():
+            if isinstance(layer, FusedBatchNorm2d):
+                layer.state.set_mode("running", False)
         with torch.no_grad():
             before = self.module(example)
             pairs = foldable(self.module, example)

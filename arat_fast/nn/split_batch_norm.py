@@ -25,7 +25,7 @@ from ..kernels.split_batch_norm_cpp import on_cpp
 from .branch_state import BranchState
 from .synchronised import synchronised_batch_norm
 
-__all__ = ["SplitBatchNorm2d"]
+__all__ = ["SplitBatchNorm2d", "batch_normalised"]
 
 _STACKED = ("weight", "bias", "running_mean", "running_var")
 
@@ -108,16 +108,7 @@ class SplitBatchNorm2d(nn.Module):
         update = automatic or state.update
         if state.parts == 1 and self._suits_pytorch(x, weight, residual):
             return self._by_pytorch(x, index or 0, update, residual, relu)
-        if state.parts > 1:
-            weight, bias = (t.expand(state.parts, -1).contiguous() for t in (weight, bias))
-        rows = x.numel() // weight.numel()
-        if state.group is None:
-            y, mean, var = split_batch_norm(x, weight, bias, residual=residual, relu=relu, eps=self.eps)
-        else:
-            rows *= state.group.size()
-            y, mean, var = synchronised_batch_norm(
-                x, weight, bias, state.group, residual=residual, relu=relu, eps=self.eps
-            )
+        y, mean, var, rows = batch_normalised(state, x, weight, bias, residual, relu, self.eps)
         if update:
             state.record(self, index, mean, var, rows)
         return y
@@ -164,3 +155,26 @@ class SplitBatchNorm2d(nn.Module):
                 # A plain BatchNorm2d's entry. The caller's dictionary is PyTorch's own shallow copy here.
                 state_dict[prefix + name] = value.expand(branches, *value.shape).clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def batch_normalised(
+    state: BranchState,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(y, mean, var, rows of each part) by batch statistics, of the parts and processes that `state` says."""
+    if state.parts > 1:
+        weight, bias = (t.expand(state.parts, -1).contiguous() for t in (weight, bias))
+    rows = x.numel() // weight.numel()
+    if state.group is None:
+        y, mean, var = split_batch_norm(x, weight, bias, residual=residual, relu=relu, eps=eps)
+        return y, mean, var, rows
+    rows *= state.group.size()
+    y, mean, var = synchronised_batch_norm(
+        x, weight, bias, state.group, residual=residual, relu=relu, eps=eps
+    )
+    return y, mean, var, rows

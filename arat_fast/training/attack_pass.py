@@ -113,7 +113,8 @@ class AttackPass:
             seed=self.seed,
             offset=self.offset,
             kind=kind,
-            clamp=not settings.aliased_start,
+            # As the authors: a 0.001 of noise may leave [0, 1] until the first step.
+            clamp=kind != "normal" and not settings.aliased_start,
             low_precision_out=low,
         )
 

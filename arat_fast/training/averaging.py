@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from arat_fast import reference
+from arat_fast.analysis.images import attack_as_trained
 from arat_fast.config import TrainConfig
 from arat_fast.loaders.stream import Batch, counter_seed
 from arat_fast.reference import use_branch
@@ -90,25 +91,21 @@ def _cumulative(norms: Iterable[nn.BatchNorm2d]) -> Iterator[Callable[[int, int]
 def adversarial_images(
     config: TrainConfig, network: nn.Module, batches: Iterable[Batch], epoch: int
 ) -> Iterator[Tensor]:
-    """An epoch's images to recalibrate by: attacked as in training, clean ones of method standard."""
-    attack = config.attack
+    """An epoch's images to recalibrate by: attacked as in training, clean ones of method standard.
+
+    Loss, start, branch and radius are the run's; BatchNorm has the batch's statistics even where the run
+    attacks with running ones, which are what is being measured here. Attack forwards leave those alone; in
+    the ARAT authors' code they enter too.
+    """
+    attack = dataclasses.replace(config.attack, bn="batch")
     for k, batch in enumerate(batches):
         images = augmented(config, batch, epoch).contiguous()
         if config.method == "standard":
             yield images
             continue
         generator = torch.Generator(images.device).manual_seed(counter_seed(config.seed, epoch, k))
-        yield reference.pgd(
-            network,
-            images,
-            batch.labels,
-            eps=attack.eps,
-            alpha=attack.alpha,
-            steps=attack.steps,
-            norm=attack.norm,
-            start=reference.random_start(images, attack.eps, attack.norm, generator),
-            update_statistics=False,
-        )
+        _, x_adv = attack_as_trained(network, images, batch.labels, attack, config.method, generator)
+        yield x_adv
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Tensor], branch: str = "adv") -> None:

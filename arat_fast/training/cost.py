@@ -43,13 +43,15 @@ def iteration_cost(config: TrainConfig, image_shape: tuple[int, int, int], num_c
     """Count the cost of the configured iteration on the fast path, for images of (H, W, C), without
     allocating the network.
 
-    The exact savings are in: a KL attack computes the clean probabilities once an iteration, TRADES forwards
-    the clean images again only where asked to, and without a backward.
+    Of the last epoch: a warm-up may forward less. The exact savings are in: a KL attack computes the clean
+    probabilities once an iteration, TRADES forwards the clean images again only where asked to, and without a
+    backward.
     """
     height, width, channels = image_shape
     attack = resolved_attack(config.attack, config.method)
     with torch.device("meta"):
         network, method = build_fast(config, channels, num_classes)
+        method.on_epoch_start(config.epochs, 1.0)
         image = torch.empty(1, channels, height, width)
 
         def forward_flop(model: str) -> int:  # of the reference's network: on "meta" ours lose their layout

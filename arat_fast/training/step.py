@@ -65,8 +65,8 @@ class TrainStep:
             epoch's last, smaller batch, as that of a resumed run.
         joined: in compiled passes, let BatchNorm's backward add the two gradients of a block's output.
         capture: on a GPU, replay batches as one CUDA graph, one for each of the first two sizes: whole
-            batches, and the last of an epoch. Where that cannot be, a warning says why. Learning rates then
-            become device tensors: change them by `fill_`.
+            batches, and the last of an epoch; anew where the method's plan changes. Where that cannot be, a
+            warning says why. Learning rates then become device tensors: change them by `fill_`.
         padding, flip: augmentation of uint8 batches.
         seed: of crops and attack starts.
         world: the processes that share every batch: gradients are averaged over them, each draws attack
@@ -144,6 +144,7 @@ class TrainStep:
         self._make_graph: Callable[[Graph | None], Graph] = CudaGraph
         self.captured: list[CapturedIteration] = []
         self._whole = batch_size
+        self._plan = method.plan  # of the captured iterations
         self._compiled_for: torch.Size | None = None
         self._compiled_forward = self._training_forward
         self._averaged = averaged_over_ranks(self.twin.module, method, world)
@@ -174,6 +175,9 @@ class TrainStep:
         self._at = (self._at[0], self._at[1] + 1)
         if x_adv is not None:
             return self._iterate(images, labels, indices, resident, x_adv)
+        if self._plan != self.method.plan:  # between epochs: the graphs are of other forwards
+            self._plan = self.method.plan
+            self.captured.clear()
         inputs = (images, labels, indices)
         fitting = self._fitting(inputs)
         if fitting is None and self._capture and len(self.captured) < MOST_GRAPHS:

@@ -124,7 +124,7 @@ def test_norm_with_activation_of_timm(x: Tensor) -> None:
         assert bool(model.report.fused_relu)
         assert (len(model.report.fused_relu) > len(model.report.replaced) / 2) is fused
         assert_equal(model, original, x, 1e-9)
-        folded = FoldedModel(model, "adv", x)
+        folded = FoldedModel(model, None, x)
         assert folded.folded > len(model.report.replaced) / 2
         torch.testing.assert_close(folded.module(x), model.eval()(x), rtol=1e-9, atol=1e-9)
         assert list(revert(model).state_dict()) == list(original.state_dict())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from arat_fast.acceleration import accelerate, revert
 from arat_fast.attacks import PGD
 from arat_fast.nn import FoldedModel, SplitBatchNorm2d, convert_split_bn, use_branch
+from arat_fast.nn.fused_batch_norm import FusedBatchNorm2d
 from arat_fast.training.precision import LowPrecisionTwin
 from arat_fast.training.taps import TapHooks
 
@@ -26,7 +27,7 @@ def pair(*kinds: type[own.Block], **options: Any) -> tuple[nn.Module, own.Networ
     return accelerate(copy.deepcopy(original), **({"precision": "fp32"} | options)), original
 
 
-@pytest.mark.parametrize("branches", [1, 2, 3])
+@pytest.mark.parametrize("branches", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("kind", "relu", "add"),
     [
@@ -42,13 +43,13 @@ def pair(*kinds: type[own.Block], **options: Any) -> tuple[nn.Module, own.Networ
 )
 def test_patterns(kind: type[own.Block], relu: set[str], add: set[str], branches: int) -> None:
     names = ("one", "two", "three")[:branches]
-    model, original = pair(kind, kind, split_bn=names)
+    model, original = pair(kind, kind, split_bn=names or False)
     report = model.report
     assert set(report.fused_relu) == {"bn", *(f"blocks.{k}.{name}" for k in (0, 1) for name in relu)}
     assert set(report.fused_add) == {f"blocks.{k}.{name}" for k in (0, 1) for name in add}
     assert not report.skipped
     assert report.branches == names
-    assert_equal(model, original, X, 1e-9, branches)
+    assert_equal(model, original, X, 1e-9, max(branches, 1))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_forwards_left_alone(kind: type[own.Block], reason: str) -> None:
     assert list(model.report.skipped) == ["blocks.0"]
     assert reason in model.report.skipped["blocks.0"]
     assert model.report.fused_relu == ("bn",)
-    assert isinstance(model.get_submodule("blocks.0.bn1"), SplitBatchNorm2d)
+    assert isinstance(model.get_submodule("blocks.0.bn1"), FusedBatchNorm2d)
     now = {k: v for k, v in vars(model.get_submodule("blocks.0")).items() if not k.startswith("_")}
     assert set(now) == set(state)
     assert now["steps"] == 0
@@ -275,7 +276,7 @@ def test_frozen_parameters_modes_and_other_settings_survive() -> None:
     original.bn.momentum, original.bn.eps = None, 1e-3
     model = accelerate(original, precision="fp32")
     layer = model.get_submodule("bn")
-    assert isinstance(layer, SplitBatchNorm2d)
+    assert isinstance(layer, FusedBatchNorm2d)
     assert not layer.weight.requires_grad
     assert not layer.training
     assert (layer.momentum, layer.eps) == (None, 1e-3)
@@ -346,5 +347,5 @@ def test_revert_refuses() -> None:
     with pytest.raises(ValueError, match="branch is 'both'; expected one of"):
         revert(model, "both")
     assert isinstance(model.bn, SplitBatchNorm2d)
-    with pytest.raises(ValueError, match="no BatchNorm was replaced"):
+    with pytest.raises(ValueError, match="no BatchNorm was split"):
         revert(accelerate(nn.Linear(2, 2)), "adv")

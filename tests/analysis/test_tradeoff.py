@@ -91,10 +91,16 @@ def test_the_attack_of_training(trained: TrainedNetwork) -> None:
     assert float((x_adv - centre).abs().max()) <= 0.1 + 1e-6
     different = [attacked(start=start)[1] for start in ("none", "normal", "uniform")]
     assert not any(torch.equal(a, b) for a, b in pairwise(different))
+    seen: list[torch.Tensor] = []
+    with network.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach().clone())):
+        images = images.round()  # black and white: half of the noise leaves [0, 1]
+        for start, leaves in (("normal", True), ("uniform", False)):
+            seen.clear()
+            attacked(start=start)
+            assert torch.equal(seen[0], seen[0].clamp(0, 1)) != leaves
     assert not torch.equal(attacked(bn="batch")[1], attacked(bn="running")[1])
     assert not torch.equal(attacked(branch="clean")[1], attacked(branch="adv")[1])
-    with pytest.raises(ValueError, match="kl"):
-        attacked(loss="kl")
+    assert not torch.equal(attacked(loss="kl")[1], attacked(loss="ce")[1])
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 

@@ -53,7 +53,8 @@ import dataclasses, itertools, sys
 import arat_fast.kernels.compile_cases as compile_cases
 from arat_fast.benchmarks import compile_only
 from arat_fast.kernels import pgd
-case = next(pgd.compile_cases())
+from arat_fast.kernels import pgd_l2
+case = next((pgd_l2 if "branchless" in sys.argv[2] else pgd).compile_cases())
 case = dataclasses.replace(case, **eval(sys.argv[2]))
 compile_only.all_cases = lambda: [case]
 sys.exit(compile_only.main(["--json", sys.argv[1], "--target", "sm_90", "--target", "gfx942"]))
@@ -66,6 +67,7 @@ sys.exit(compile_only.main(["--json", sys.argv[1], "--target", "sm_90", "--targe
         ("{}", 0, "0 problems"),
         ("{'load_bytes': 32}", 1, "loads 16 bytes"),
         ("{'args': ()}", 1, "does not compile"),
+        ("{'branchless': True}", 1, ".rn.f32 branches to a slow path"),
         ("{'meta': case.meta | {'num_warps': 1, 'maxnreg': 24}}", 1, "spills"),
     ],
 )

@@ -45,7 +45,7 @@ def arguments_of(
     return [dy, second, x, gate, relu, mean, var, weight, bias, relu and residual, 1e-5]
 
 
-@pytest.mark.parametrize("small_rows", [0, launch.SMALL_ROWS])
+@pytest.mark.parametrize("small_bytes", [0, launch.SMALL_BYTES])
 @pytest.mark.parametrize(("relu", "residual"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_is_the_backward_of_the_sum(
@@ -53,11 +53,11 @@ def test_is_the_backward_of_the_sum(
     dtype: torch.dtype,
     relu: bool,
     residual: bool,
-    small_rows: int,
+    small_bytes: int,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch, "SMALL_ROWS", small_rows)
+    monkeypatch.setattr(launch, "SMALL_BYTES", small_bytes)
     arguments = arguments_of(shape, dtype, device, relu, residual)
     found = OPS.split_bn_joined_backward(*arguments)
     expected = joined_backward_reference(*arguments)
@@ -86,19 +86,19 @@ def test_not_a_number_of_either_gradient_gets_through(where: int, device: torch.
     assert not dx[:, :3].isnan().any()
 
 
-@pytest.mark.parametrize("small_rows", [0, launch.SMALL_ROWS])
+@pytest.mark.parametrize("small_bytes", [0, launch.SMALL_BYTES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_written_out_of_bounds(
     dtype: torch.dtype,
-    small_rows: int,
+    small_bytes: int,
     device: torch.device,
     canary: Canary,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not use_triton(torch.empty(0, device=device)) and (small_rows or library("split_batch_norm") is None):
-        pytest.skip("the CPU has one path" if small_rows else "PyTorch's own kernels run on the CPU")
+    if not use_triton(torch.empty(0, device=device)) and (small_bytes or library("split_batch_norm") is None):
+        pytest.skip("the CPU has one path" if small_bytes else "PyTorch's own kernels run on the CPU")
 
-    monkeypatch.setattr(launch, "SMALL_ROWS", small_rows)
+    monkeypatch.setattr(launch, "SMALL_BYTES", small_bytes)
     for module in (launch, split_batch_norm_cpp):
         monkeypatch.setattr(module, "torch", GuardedAllocation(canary))
     for channels in (3, 17, 80):

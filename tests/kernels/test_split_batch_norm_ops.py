@@ -150,11 +150,11 @@ def test_second_derivative_of_the_input_gradient(residual: bool, batch: bool, de
 
 
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("small_rows", [0, launch.SMALL_ROWS])
+@pytest.mark.parametrize("small_bytes", [0, launch.SMALL_BYTES])
 def test_four_ops_compose_to_the_fused_one(
-    relu: bool, small_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    relu: bool, small_bytes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "SMALL_ROWS", small_rows)
+    monkeypatch.setattr(launch, "SMALL_BYTES", small_bytes)
     t = tensors(device, c=16)
     leaves = [
         t[n].clone(memory_format=torch.preserve_format).requires_grad_()
@@ -233,20 +233,20 @@ def test_pack_bits() -> None:
     assert torch.equal(unpack_bits(bits, 19), mask)
 
 
-@pytest.mark.parametrize("small_rows", [0, launch.SMALL_ROWS])
+@pytest.mark.parametrize("small_bytes", [0, launch.SMALL_BYTES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_written_out_of_bounds(
     dtype: torch.dtype,
-    small_rows: int,
+    small_bytes: int,
     device: torch.device,
     canary: Canary,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Inputs and outputs lie between margins; shapes whose last tile is not full, in rows and in channels."""
-    if not use_triton(torch.empty(0, device=device)) and (small_rows or library("split_batch_norm") is None):
-        pytest.skip("the CPU has one path" if small_rows else "PyTorch's own kernels run on the CPU")
+    if not use_triton(torch.empty(0, device=device)) and (small_bytes or library("split_batch_norm") is None):
+        pytest.skip("the CPU has one path" if small_bytes else "PyTorch's own kernels run on the CPU")
 
-    monkeypatch.setattr(launch, "SMALL_ROWS", small_rows)
+    monkeypatch.setattr(launch, "SMALL_BYTES", small_bytes)
     for module in (launch, split_batch_norm_cpp):
         monkeypatch.setattr(module, "torch", GuardedAllocation(canary))
     for c in (3, 17, 80):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from arat_fast import reference
 from arat_fast.commands.train import main
 from arat_fast.config import (
     EMRConfig,
@@ -19,6 +20,7 @@ from arat_fast.config import (
     resolved,
 )
 from arat_fast.errors import UserError
+from arat_fast.export import standalone
 from arat_fast.methods import EMR, METHODS, branches_of, create_method
 from arat_fast.models import create_model
 from arat_fast.training.build import build_fast
@@ -50,7 +52,13 @@ TABLE_3 = {
             {"mart.beta": 5.0},
             {"wrn-34-10": {"mart.beta": 6.0}},
         ),
-        ("lbgat", (0.02, 0.1, 2e-4, 100, (76, 91)), KL, {"lbgat.beta": 0.0, "lbgat.teacher": "resnet18"}, {}),
+        (
+            "lbgat",
+            (0.02, 0.1, 2e-4, 100, (76, 91)),
+            KL,
+            {"lbgat.beta": 0.0, "lbgat.teacher": "resnet18-lbgat"},
+            {},
+        ),
     )
 }
 MAILS = (None, 0.01, 3.5e-3, 120, (76, 91, 101))
@@ -128,6 +136,7 @@ def test_recipes_are_the_published_settings(name: str) -> None:
 
 def test_every_recipe_is_checked() -> None:
     assert {n for n in recipe_names() if not n.startswith("arat-")} == {*RECIPES, "digits"}
+    assert TrainConfig(method="mail-at").mail.start_epoch == 77
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -184,7 +193,31 @@ def test_flags_switch_the_method_and_add_emr(capsys: pytest.CaptureFixture[str])
     assert "coefficient: 0.0234" in out
     assert "loss: kl" in out
     assert "11 input gradients, 1 full, 1 double" in out
-    assert "11,173,962 parameters, 1.111 GFLOP, trained along" in out
+    assert "11,173,962 parameters, 3.527 GFLOP, trained along" in out
+
+
+def test_lbgats_teacher_keeps_the_images_size_in_its_second_group() -> None:
+    """As the authors' network: the plain one's parameters, 3.53 GFLOP instead of 1.11; 1.59 times AT."""
+    torch.manual_seed(0)
+    plain = reference.resnet18_lbgat(split_bn=False).eval()
+    fast = create_model("resnet18-lbgat", branches=("adv",)).eval()
+    exported = standalone.build("resnet18-lbgat", 10, 3).eval()
+    sizes = []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        group = plain.get_submodule(name)
+        group.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[2]))
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = plain(x)
+        assert sizes == [16, 16, 8, 4]
+        for other in (fast, exported):
+            other.load_state_dict(plain.state_dict())
+            torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+    assert plain.state_dict().keys() == reference.resnet18(split_bn=False).state_dict().keys()
+    cost = iteration_cost(TrainConfig(method="lbgat", lbgat=LBGATConfig(beta=6)), (32, 32, 3), 10)
+    assert cost.teacher_forward_flop == pytest.approx(3.527e9, rel=1e-3)
+    at = iteration_cost(TrainConfig(method="at"), (32, 32, 3), 10)
+    assert round(cost.iteration_flop / at.iteration_flop, 2) == 1.59
 
 
 def test_costs_relative_to_adversarial_training() -> None:
@@ -228,3 +261,13 @@ def test_counted_operations_are_executed_ones(method: str, emr: float) -> None:
         step(x, y)
     counted = 4 * iteration_cost(config, (16, 16, 3), 10).iteration_flop
     assert 0.92 < counter.get_total_flops() / counted < 1.06
+
+
+def test_a_warm_up_by_at_costs_what_its_last_epoch_does() -> None:
+    """The clean images are forwarded from the start epoch on; before it, x' alone."""
+    config = load_recipe("emr-mail-trades-cifar10-resnet18")
+    _, method = build_fast(config, 3, 10)
+    assert isinstance(method, EMR)
+    assert method.plan == ("adv",)
+    cost = iteration_cost(config, (32, 32, 3), 10)
+    assert (cost.forwards, cost.full_backwards) == (10 + 2 + 1, 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,8 +13,25 @@ from torch import Tensor, nn
 
 from arat_fast.config import ARRESTConfig, AttackConfig, LBGATConfig, MAILConfig, MARTConfig, TRADESConfig
 from arat_fast.methods import ARREST, AT, EMR, LBGAT, MAIL, MART, TRADES, Method
+from arat_fast.training.step import TrainStep
 
 Terms = dict[str, Tensor]
+
+
+class ReplayedByHand:
+    """A graph for machines without CUDA: a replay runs the recorded body again."""
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        yield
+
+    def record(self, body: Callable[[], None]) -> None:
+        self.body = body
+
+    def replay(self) -> None:
+        self.body()
+
+
 Plain = Callable[[nn.Module, Tensor, Tensor, Tensor], Terms]
 
 
@@ -114,6 +132,44 @@ def test_two_iterations_equal_plain_ones(case: str) -> None:
             torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-9, atol=1e-9)
             assert float(value.detach()) > 0
     assert_same(plain, ours)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_mail_warmed_up_by_at_forwards_the_clean_images_from_its_start_on(capture: bool) -> None:
+    """Statistics as the EMR authors' scripts move them: by x' alone first, then by x and x'."""
+
+    def plain_mail_trades(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+        clean, adv = net(x), net(x_adv)
+        q, rows = adv.detach().softmax(1), torch.arange(len(y))
+        w = 3 * torch.sigmoid(2 * (q[rows, wrong_class(q, y)] - q[rows, y]))
+        return {"ce_clean": F.cross_entropy(clean, y), "kl": 5 * (w * plain_kl(clean, adv)).mean()}
+
+    plain, ours = pair()
+    method = EMR(MAIL("trades", MAILConfig(start_epoch=3, warm_up="at")), 0.3, 0.1).double()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.05, 0.9, weight_decay=5e-4)
+    fused = torch.optim.SGD(ours.parameters(), 0.05, 0.9, weight_decay=5e-4, fused=True)
+    attack = AttackConfig(steps=1, start="none", bn="running", loss="ce")
+    step = TrainStep(ours, method, fused, attack=attack, precision="fp32", compiled=False)
+    step._capture, step._make_graph = capture, lambda _beside: ReplayedByHand()
+    x, _, y = images()
+    graphs = []
+    for epoch in (1, 2, 3, 4):
+        base = with_emr(plain_at if epoch < 3 else plain_mail_trades, 0.3, 0.1)
+        method.on_epoch_start(epoch, 1.0)
+        _, x_adv = step.attack(x.contiguous(memory_format=torch.channels_last), y)
+        plain.train()
+        expected = base(plain, x, x_adv, y)
+        optimizer.zero_grad()
+        torch.stack(list(expected.values())).sum().backward()
+        optimizer.step()
+        metrics = step(x, y)
+        assert [name for name in metrics if name in expected] == list(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-6, atol=1e-7)
+        graphs += [id(c) for c in step.captured]
+    assert_same(plain, ours, 1e-6)  # the captured rate is a float
+    # Each plan has a graph of its own, which its second epoch uses again.
+    assert [graphs.count(g) for g in dict.fromkeys(graphs)] == ([2, 2] if capture else [])
 
 
 @pytest.mark.parametrize("beta", [0.0, 2.0])

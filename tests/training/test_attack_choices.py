@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from arat_fast import methods, reference
 from arat_fast.config import ARATConfig, AttackConfig, TrainConfig, resolved
+from arat_fast.kernels.random_start import random_start_reference
 from arat_fast.methods.base import Method, Outputs
 from arat_fast.models.cifar import ResNet
 from arat_fast.nn import bind_branches, from_authors
@@ -102,6 +103,26 @@ def test_losses_and_branches_on_running_statistics(loss: str, branch: str) -> No
     reference.use_branch(plain, branch)
     torch.testing.assert_close(x_adv, plain_attack(plain, x, y, start, loss, 3), rtol=0, atol=1e-9)
     assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
+
+
+def test_only_the_normal_start_leaves_the_pixels_range() -> None:
+    """TRADES' authors leave the clamp to the first step; black pixels differ otherwise."""
+    plain, ours = pair(("adv",))
+    x, y = images()
+    x = (1.6 * x - 0.3).clamp(0, 1)
+    attack = AttackConfig(steps=1, loss="kl", start="normal", bn="running")
+    step = step_of(ours, CrossEntropies(("adv",)), attack=attack)
+    start = step.attack._start(x, None)
+    expected = random_start_reference(x, 0.0, step.attack.seed, step.attack.offset, "normal", clamp=False)
+    torch.testing.assert_close(start, expected, rtol=0, atol=1e-12)
+    assert start.min() < 0
+    assert start.max() > 1
+    _, x_adv = step.attack(x, y)
+    torch.testing.assert_close(x_adv, plain_attack(plain.eval(), x, y, expected, "kl", 1), rtol=0, atol=1e-9)
+    for norm in ("Linf", "L2"):
+        attack = AttackConfig(start="uniform", norm=norm)  # type: ignore[arg-type]
+        uniform = step_of(ours, CrossEntropies(("adv",)), attack=attack).attack._start(x, None)
+        assert torch.equal(uniform, uniform.clamp(0, 1))
 
 
 def test_kl_on_batch_statistics_counts_the_attack_forwards_only() -> None:

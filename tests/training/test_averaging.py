@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from arat_fast import reference
-from arat_fast.config import TrainConfig
+from arat_fast.config import AttackConfig, TrainConfig
 from arat_fast.errors import UserError
 from arat_fast.evaluation.network import load_run
 from arat_fast.loaders.images import ImageSet
-from arat_fast.training.averaging import WeightAverage, recalibrate, swa_due
+from arat_fast.loaders.stream import Batch, counter_seed
+from arat_fast.training.averaging import WeightAverage, adversarial_images, recalibrate, swa_due
 from arat_fast.training.checkpoint import load_checkpoint
 from arat_fast.training.trainer import Trainer
 
@@ -92,6 +93,40 @@ def test_recalibrated_statistics_equal_a_direct_computation() -> None:
             twin(images)
     torch.testing.assert_close(net.layer2[0].bn2.adv.running_var, twin.layer2[0].bn2.adv.running_var)
     assert net.layer2[0].bn2.adv.momentum == 0.1
+
+
+@pytest.mark.parametrize("method", ["arat", "trades"])
+@pytest.mark.parametrize("aliased", [False, True])
+def test_images_to_recalibrate_by_are_attacked_as_the_run_attacks(method: str, aliased: bool) -> None:
+    """Loss and start written out: uniform and cross entropy, or normal and KL; statistics left alone."""
+    net = network().double()
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).round()
+    y = torch.arange(6)
+    attack = AttackConfig(steps=2, aliased_start=aliased)
+    config = TrainConfig(method=method, attack=attack)  # type: ignore[arg-type]
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    (found,) = adversarial_images(config, net, [Batch(x, y, torch.arange(6))], 4)
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+
+    generator = torch.Generator().manual_seed(counter_seed(config.seed, 4, 0))
+    if method == "arat":
+        start = x + (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1) * attack.eps
+        start = start if aliased else start.clamp(0, 1)
+    else:
+        start = x + 0.001 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    centre = start if aliased else x
+    net.train()
+    reference.use_branch(net, "adv")
+    clean = net(centre).detach().softmax(1)
+    expected = start
+    for _ in range(2):
+        expected = expected.detach().requires_grad_()
+        log_p = net(expected).log_softmax(1)
+        loss = -(clean * log_p).sum() if method == "trades" else -log_p[y, y].sum()
+        (g,) = torch.autograd.grad(loss, expected)
+        delta = (expected + attack.alpha * g.sign() - centre).clamp(-attack.eps, attack.eps)
+        expected = (centre + delta).clamp(0, 1).detach()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("engine", ["fast", "reference"])

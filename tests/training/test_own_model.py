@@ -96,7 +96,9 @@ def test_a_users_model_trains_resumes_and_keeps_its_names(
     rest = Trainer(config(**changes), run_dir=tmp_path / "part", model=model(), loaders=loader(), resume=True)
     assert rest.epoch == 3  # of 6
     rest.run()
-    assert rest.directory.metrics()[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=0.3)
+    # The rest is shuffled otherwise, and an epoch of three batches scatters by 30 %: the mean of three.
+    losses, resumed = ([line["loss"] for line in run[3:]] for run in (lines, rest.directory.metrics()))
+    assert sum(resumed) == pytest.approx(sum(losses), rel=0.2)
     names = {name.removeprefix("network.") for name in rest.engine.state() if name.startswith("network.")}
     assert names >= set(dict(model().named_parameters()))
     plain = rest.engine.plain_network().eval()
