@@ -15,6 +15,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -65,7 +66,8 @@ class PGD:
         precision: "bf16" runs the model under autocast, its weights cast once a call; "fp32" without
             autocast; None as the caller has it.
         compile: compile forward and backward of the model.
-        seed: of the random starts. Consecutive calls draw different ones; `reset` begins anew.
+        seed: of the random starts; None draws one, here and now, from torch's default CPU generator (another
+            for each rank of `torch.distributed`). Consecutive calls start differently; `reset` begins anew.
         check_values: refuse pixels outside [0, 1], NaN and impossible labels, at the cost of one wait for the
             device a call.
 
@@ -91,7 +93,7 @@ class PGD:
         branch: str | None = None,
         precision: Precision | None = None,
         compile: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         check_values: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
@@ -119,16 +121,19 @@ class PGD:
         self.norm, self.loss, self.start, self.bn = norm, loss, start, bn
         self.update_statistics, self.branch, self.precision = update_statistics, branch, precision
         self.check_values = check_values
-        self.reset(seed)
+        self.reset(_drawn_seed() if seed is None else seed)
         self._objective: Objective = loss if callable(loss) else OBJECTIVES[loss]
         self._loss: Callable[..., tuple[Tensor, int]] = self._summed_loss
         if compile:
             self._loss = torch.compile(self._summed_loss, dynamic=False)
 
-    def reset(self, seed: int = 0) -> None:
-        """Begin the stream of random starts anew. Raises TypeError unless `seed` is an int."""
+    def reset(self, seed: int | None = None) -> None:
+        """Begin the stream of random starts anew, None: of the same seed. Raises TypeError unless it is an
+        int.
+        """
+        seed = self.seed if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed is a {type(seed).__name__}; expected an int")
+            raise TypeError(f"seed is a {type(seed).__name__}; expected an int or None")
         self.seed, self.calls = seed, 0
 
     def __repr__(self) -> str:
@@ -228,6 +233,12 @@ class PGD:
             # Too large a label is refused once the classes are known; on a GPU the loss would abort on it.
             target = target.clamp_max(classes - 1)
         return self._objective(logits, target).sum(), classes
+
+
+def _drawn_seed() -> int:
+    """Reproducible by `torch.manual_seed`; ranks that were seeded alike still start differently."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return int(torch.randint(1 << 32, (), device="cpu")) + (rank << 32)
 
 
 def _check_branch(model: nn.Module, branch: str) -> None:
