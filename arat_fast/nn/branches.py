@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .branch_state import BranchState, Statistics, shared_state
 from .split_batch_norm import SplitBatchNorm2d
@@ -125,9 +126,23 @@ def replace_modules(model: nn.Module, build: Callable[[str, nn.Module], nn.Modul
     return sum(new is not None for new in built.values())
 
 
+def refuse_other_batch_norms(path: str, module: nn.Module) -> None:
+    """ValueError for a BatchNorm that has no branches and would mix theirs: 1d, 3d, synchronised."""
+    if not isinstance(module, _BatchNorm) or isinstance(module, nn.BatchNorm2d):
+        return
+    if isinstance(module, nn.SyncBatchNorm):
+        remedy = "make it an nn.BatchNorm2d, and call synchronise_batch_norm(model, group) after the split"
+    else:
+        remedy = "replace it by an nn.BatchNorm2d (features as (N, C, 1, 1)), or by LayerNorm or GroupNorm"
+    raise ValueError(
+        f"{path or 'the model'} is a {type(module).__name__}, whose statistics would mix the branches'; {remedy}"
+    )
+
+
 def _split(path: str, module: nn.Module, branches: Sequence[str]) -> SplitBatchNorm2d | None:
     if isinstance(module, SplitBatchNorm2d):
         raise ValueError(f"{path or 'the model'} is split already; revert_split_bn first")
+    refuse_other_batch_norms(path, module)
     if not isinstance(module, nn.BatchNorm2d):
         return None
     if type(module) is not nn.BatchNorm2d:
@@ -165,8 +180,8 @@ def convert_split_bn(
         the model; a new module where the model itself is a BatchNorm2d.
 
     Raises:
-        ValueError: no BatchNorm2d, split already, a subclass of BatchNorm2d, or one without affine parameters
-            or running statistics. Nothing is changed then.
+        ValueError: no BatchNorm2d, split already, a subclass of BatchNorm2d, one without affine parameters or
+            running statistics, or another BatchNorm (1d, 3d, synchronised). Nothing is changed then.
     """
     for path, module in model.named_modules():
         _split(path, module, branches)  # every refusal comes before the first change

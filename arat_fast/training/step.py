@@ -23,6 +23,7 @@ from arat_fast.kernels.dispatch import on_device
 from arat_fast.methods.base import Method, Outputs
 from arat_fast.nn import SplitBatchNorm2d, bind_branches, bn_mode, use_branch
 from arat_fast.nn.branch_state import BranchState, shared_state
+from arat_fast.nn.branches import refuse_other_batch_norms
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import (
     CannotCapture,
@@ -386,6 +387,8 @@ def _check_optimizer(model: nn.Module, method: Method, optimizer: torch.optim.Op
 
 
 def _check_branches(model: nn.Module, method: Method) -> None:
+    for path, layer in model.named_modules():
+        refuse_other_batch_norms(path, layer)
     if not any(isinstance(layer, nn.BatchNorm2d | SplitBatchNorm2d) for layer in model.modules()):
         if len(method.branches) > 1:
             raise ValueError(
