@@ -134,9 +134,8 @@ def refuse_other_batch_norms(path: str, module: nn.Module) -> None:
         remedy = "make it an nn.BatchNorm2d, and call synchronise_batch_norm(model, group) after the split"
     else:
         remedy = "replace it by an nn.BatchNorm2d (features as (N, C, 1, 1)), or by LayerNorm or GroupNorm"
-    raise ValueError(
-        f"{path or 'the model'} is a {type(module).__name__}, whose statistics would mix the branches'; {remedy}"
-    )
+    kind = type(module).__name__
+    raise ValueError(f"{path or 'the model'} is a {kind}, whose statistics would mix the branches'; {remedy}")
 
 
 def _split(path: str, module: nn.Module, branches: Sequence[str]) -> SplitBatchNorm2d | None:

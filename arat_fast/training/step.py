@@ -44,6 +44,7 @@ from arat_fast.training.precision import (
     can_be_cast,
     resolve_precision,
 )
+from arat_fast.training.recorded_optimizer import RecordedOptimizer
 from arat_fast.training.taps import TapHooks
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class TrainStep:
         joined: in compiled passes, let BatchNorm's backward add the two gradients of a block's output.
         capture: on a GPU, replay batches as one CUDA graph, one for each of the first two sizes: whole
             batches, and the last of an epoch. Where that cannot be, a warning says why. Learning rates then
-            become device tensors: change them by `fill_`.
+            become device tensors, which numbers set by hand are copied into; of the optimizer's other
+            settings and of requires_grad none may change then.
         padding, flip: augmentation of uint8 batches.
         seed: of crops and attack starts.
         world: the processes that share every batch: gradients are averaged over them, each draws attack
@@ -141,6 +143,7 @@ class TrainStep:
         self._capture = capture and self.device.type == "cuda" and world.size == 1
         self._make_graph: Callable[[Graph | None], Graph] = CudaGraph
         self.captured: list[CapturedIteration] = []
+        self._recorded: RecordedOptimizer | None = None
         self._compiled_for: torch.Size | None = None
         self._compiled_forward = self._training_forward
         self._averaged = averaged_over_ranks(self.twin.module, method, world)
@@ -164,6 +167,8 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         if not self._begun:
             self._begin()
+        if self._recorded is not None:
+            self._recorded.follow()
         if self._compile and self._compiled_for is None:
             self._compile_for(images, labels)
         self._at = (self._at[0], self._at[1] + 1)
@@ -255,6 +260,7 @@ class TrainStep:
                 self._make_graph(self.captured[0].graph if self.captured else None),
             )
             self.captured.append(captured)
+            self._recorded = self._recorded or RecordedOptimizer(self.optimizer)
             return
         except CannotCapture as refusal:
             reason = str(refusal)
