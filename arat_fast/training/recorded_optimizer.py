@@ -1,4 +1,4 @@
-"""The optimizer of a captured iteration: what a replay would not see is copied to where it reads or refused."""
+"""The optimizer of a captured iteration: what a replay would not see is copied there, or refused."""
 
 from __future__ import annotations
 

@@ -141,6 +141,33 @@ def test_taps_by_hooks_are_the_pooled_relu_of_the_layer() -> None:
     torch.testing.assert_close(logits, model(x))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_modes_and_frozen_weights_are_those_of_now(precision: Any) -> None:
+    """Not of when TrainStep was made: in bf16 a copy of the network trains."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5)]
+    model = convert_split_bn(nn.Sequential(*layers, nn.Linear(8, 4)), ("adv",)).eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(
+        model, methods.AT(), optimizer, attack=AttackConfig(steps=1), precision=precision, compiled=False
+    )
+    x, y = next(iter(loader(shuffle=False)))
+    step(x, y)
+    modes: list[bool] = []
+    step.twin.module.get_submodule("4").register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    for parameter in (model[0].weight, model[5].bias):
+        parameter.requires_grad_(False)
+    model.train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    step(x, y)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert modes[-1]
+    assert moved - {"0.bias"} == {"1.weight", "1.bias", "5.weight"}  # BatchNorm takes 0.bias away
+    model[0].weight.requires_grad_(True)
+    step(x, y)
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", [Normalised, Transformer])
