@@ -50,7 +50,8 @@ class PGD:
     `bn`, and is never inferred.
 
     Args:
-        model: maps images to logits (N, classes). Normalisation of the pixels is the model's.
+        model: maps images to logits (N, classes). Normalisation of the pixels is the model's. Of
+            DataParallel and DistributedDataParallel the module inside is attacked, on its one device.
         eps: radius of the ball, in units of [0, 1] pixels.
         alpha: step size, in the same units.
         steps: gradient steps, at least 1; the last iterate is returned.
@@ -114,8 +115,8 @@ class PGD:
         if update_statistics and bn != "batch":
             raise ValueError(f"update_statistics is True with bn={bn!r}; expected bn='batch'")
         if branch is not None:
-            _check_branch(model, branch)
-        self.model = model
+            _check_branch(_bare(model), branch)
+        self.model = _bare(model)
         self.eps, self.alpha = check_pixels("eps", eps), check_pixels("alpha", alpha)
         self.steps, self.random_start = steps, bool(random_start)
         self.norm, self.loss, self.start, self.bn = norm, loss, start, bn
@@ -239,6 +240,13 @@ def _drawn_seed() -> int:
     """Reproducible by `torch.manual_seed`; ranks that were seeded alike still start differently."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return int(torch.randint(1 << 32, (), device="cpu")) + (rank << 32)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that `functional_call` refuses, or that would average gradients."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def _check_branch(model: nn.Module, branch: str) -> None:

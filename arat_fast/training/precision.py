@@ -57,8 +57,9 @@ class LowPrecisionTwin:
     """The model with convolutions and linear layers in a low precision; everything else is the model's own.
 
     Master weights stay in the model; `refresh` casts them, once an iteration, and takes over which are
-    trained and which layers are in train mode; `gather_gradients` brings the gradients back. BatchNorm modules are shared, so their parameters, statistics and
-    choices of branch are the model's. With fp32 the twin is the model itself and both calls do nothing.
+    trained and which layers are in train mode; `gather_gradients` brings the gradients back. BatchNorm
+    modules are shared, so their parameters, statistics and choices of branch are the model's. With fp32 the
+    twin is the model itself and both calls do nothing.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:

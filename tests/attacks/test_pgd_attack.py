@@ -214,6 +214,16 @@ def test_without_a_seed_the_starts_are_torchs_to_fix(monkeypatch: pytest.MonkeyP
     assert not torch.equal(PGD(model, steps=1)(x, y), first)
 
 
+def test_of_a_data_parallel_model() -> None:
+    _, ours = networks()
+    x, y = batch()
+    expected = PGD(ours, steps=2, branch="adv", seed=0)(x, y)
+    attack = PGD(nn.DataParallel(ours), steps=2, branch="adv", seed=0)
+    torch.testing.assert_close(attack(x, y), expected, rtol=0, atol=0)
+    inside = PGD(nn.Sequential(nn.DataParallel(ours)), steps=2, branch="adv", seed=0)
+    torch.testing.assert_close(inside(x, y), expected, rtol=0, atol=0)
+
+
 def test_own_losses() -> None:
     _, ours = networks()
     x, y = batch()
