@@ -74,8 +74,9 @@ class PGD:
 
     Raises:
         TypeError: model, eps, alpha, steps or seed of another type.
-        ValueError: eps or alpha negative or not finite, an unknown name or branch, statistics to be updated
-            without being used, or a KL attack that starts at the image, where its gradient is zero.
+        ValueError: eps or alpha negative or not finite, a Linf eps above 1, an unknown name or branch,
+            statistics to be updated without being used, or a KL attack that starts at the image, where its
+            gradient is zero.
     """
 
     def __init__(
@@ -98,7 +99,10 @@ class PGD:
         check_values: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module, not scripted")
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected an nn.Module, not scripted. What a "
+                "function does belongs in a module's forward: nn.Sequential(normalise, model), both modules"
+            )
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"steps is a {type(steps).__name__}; expected an int")
         if steps < 1:
@@ -118,6 +122,8 @@ class PGD:
             _check_branch(_bare(model), branch)
         self.model = _bare(model)
         self.eps, self.alpha = check_pixels("eps", eps), check_pixels("alpha", alpha)
+        if norm == "Linf" and self.eps > 1:
+            raise ValueError(f"eps is {eps}; expected at most 1, in units of [0, 1] pixels, such as 8/255")
         self.steps, self.random_start = steps, bool(random_start)
         self.norm, self.loss, self.start, self.bn = norm, loss, start, bn
         self.update_statistics, self.branch, self.precision = update_statistics, branch, precision

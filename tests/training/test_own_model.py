@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 
     x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
     for wrong, message in [
-        (batches(x * 255, y), r"pixels reach from .* expected \[0, 1\]. Normalise inside the model"),
+        (batches(x * 255, y), r"pixels span .* expected \[0, 1\]. Normalise inside the model"),
         (batches(x.double(), y), "images are torch.float64"),
         (batches(x, y.float()), "labels are torch.float32"),
         (batches(x, y + 3), "labels reach 6; expected"),
@@ -284,6 +284,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             Trainer(config(), run_dir=tmp_path / "run", model=Normalised(), loaders=wrong)  # type: ignore[arg-type]
+    pair = nn.Sequential(Pair())
+    pair[0].forward = lambda x: (x, x)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"model returned a tuple; expected logits \(N, classes\)"):
+        Trainer(config(), run_dir=tmp_path / "run", model=pair, loaders=loader())
     with pytest.raises(ValueError, match="splits BatchNorm by branch, and Transformer has none"):
         Trainer(config(), run_dir=tmp_path / "run", model=Transformer(), loaders=loader())
     with pytest.raises(ValueError, match="`loaders` needs `model`"):
