@@ -128,7 +128,8 @@ class PGD:
         self.norm, self.loss, self.start, self.bn = norm, loss, start, bn
         self.update_statistics, self.branch, self.precision = update_statistics, branch, precision
         self.check_values = check_values
-        self.reset(_drawn_seed() if seed is None else seed)
+        self.seed: int = _drawn_seed() if seed is None else seed
+        self.reset()
         self._objective: Objective = loss if callable(loss) else OBJECTIVES[loss]
         self._loss: Callable[..., tuple[Tensor, int]] = self._summed_loss
         if compile:
