@@ -71,10 +71,10 @@ def largest_label(images: Tensor, labels: Tensor) -> int:
     if math.isnan(low) or math.isnan(high):
         raise ValueError("images contain NaN; expected pixels in [0, 1]")
     if low < 0 or high > 1:
-        raise ValueError(
-            f"images span {span(low, high)}; expected pixels in [0, 1]. A model that wants other values "
-            "normalises inside: nn.Sequential(normalise, model). Rounding is undone by images.clamp(0, 1)"
-        )
+        remedy = "A model that wants other values normalises inside: nn.Sequential(normalise, model)"
+        if low > -0.01 and high < 1.01:
+            remedy = "What rounding or resizing left outside: images.clamp(0, 1)"
+        raise ValueError(f"images span {span(low, high)}; expected pixels in [0, 1]. {remedy}")
     if first < 0:
         raise ValueError(f"labels contain {int(first)}; expected class numbers from 0")
     return int(last)
