@@ -17,7 +17,7 @@ SMALL = ["--batch-size", "8", "--size", "8"]
 # Arguments of a small run, packages that the example needs, how far losses or accuracies may differ: attacks
 # start at random, so that they are not the same.
 CASES = {
-    "hand_written_loop": (["--iterations", "12", *SMALL], (), 0.3),
+    "hand_written_loop": (["--iterations", "12", "--batch-size", "16", "--size", "8"], (), 0.3),
     "lightning_module": (["--batches", "4", *SMALL], ("lightning",), 0.3),
     "timm_split_bn": (["--iterations", "2", "--batch-size", "4", "--size", "32"], ("timm",), 0.3),
     "torchattacks_evaluation": (["--images", "40", "--size", "8"], ("torchattacks",), 0.1),

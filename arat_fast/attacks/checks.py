@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from arat_fast.errors import unknown_name
 
-__all__ = ["check_batch", "check_labels_fit", "check_name", "check_pixels", "largest_label", "logits_of"]
+__all__ = [
+    "check_batch",
+    "check_labels_fit",
+    "check_name",
+    "check_pixels",
+    "largest_label",
+    "logits_of",
+    "span",
+]
 
 
 def check_name(kind: str, name: object, known: Iterable[str]) -> None:
@@ -29,6 +37,11 @@ def check_pixels(name: str, value: object) -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} is {value}; expected a finite number of at least 0, such as 8/255")
     return float(value)
+
+
+def span(low: float, high: float) -> str:
+    """`[low, high]` in four digits, in fp32's nine where four would round what is above 1 to it."""
+    return f"[{low:.4g}, {high:.9g}]" if 1 < high < 1.0005 else f"[{low:.4g}, {high:.4g}]"
 
 
 def check_batch(model: nn.Module, images: object, labels: object) -> None:
@@ -58,10 +71,10 @@ def largest_label(images: Tensor, labels: Tensor) -> int:
     if math.isnan(low) or math.isnan(high):
         raise ValueError("images contain NaN; expected pixels in [0, 1]")
     if low < 0 or high > 1:
-        raise ValueError(
-            f"images span [{low:.4g}, {high:.4g}]; expected pixels in [0, 1]. A model that wants other "
-            "values normalises inside: nn.Sequential(normalise, model)"
-        )
+        remedy = "A model that wants other values normalises inside: nn.Sequential(normalise, model)"
+        if low > -0.01 and high < 1.01:
+            remedy = "What rounding or resizing left outside: images.clamp(0, 1)"
+        raise ValueError(f"images span {span(low, high)}; expected pixels in [0, 1]. {remedy}")
     if first < 0:
         raise ValueError(f"labels contain {int(first)}; expected class numbers from 0")
     return int(last)

@@ -15,6 +15,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -49,7 +50,8 @@ class PGD:
     `bn`, and is never inferred.
 
     Args:
-        model: maps images to logits (N, classes). Normalisation of the pixels is the model's.
+        model: maps images to logits (N, classes). Normalisation of the pixels is the model's. Of
+            DataParallel and DistributedDataParallel the module inside is attacked, on its one device.
         eps: radius of the ball, in units of [0, 1] pixels.
         alpha: step size, in the same units.
         steps: gradient steps, at least 1; the last iterate is returned.
@@ -65,14 +67,16 @@ class PGD:
         precision: "bf16" runs the model under autocast, its weights cast once a call; "fp32" without
             autocast; None as the caller has it.
         compile: compile forward and backward of the model.
-        seed: of the random starts. Consecutive calls draw different ones; `reset` begins anew.
+        seed: of the random starts; None draws one, here and now, from torch's default CPU generator (another
+            for each rank of `torch.distributed`). Consecutive calls start differently; `reset` begins anew.
         check_values: refuse pixels outside [0, 1], NaN and impossible labels, at the cost of one wait for the
             device a call.
 
     Raises:
         TypeError: model, eps, alpha, steps or seed of another type.
-        ValueError: eps or alpha negative or not finite, an unknown name or branch, statistics to be updated
-            without being used, or a KL attack that starts at the image, where its gradient is zero.
+        ValueError: eps or alpha negative or not finite, a Linf eps above 1, an unknown name or branch,
+            statistics to be updated without being used, or a KL attack that starts at the image, where its
+            gradient is zero.
     """
 
     def __init__(
@@ -91,11 +95,14 @@ class PGD:
         branch: str | None = None,
         precision: Precision | None = None,
         compile: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         check_values: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module, not scripted")
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected an nn.Module, not scripted. What a "
+                "function does belongs in a module's forward: nn.Sequential(normalise, model), both modules"
+            )
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"steps is a {type(steps).__name__}; expected an int")
         if steps < 1:
@@ -112,23 +119,29 @@ class PGD:
         if update_statistics and bn != "batch":
             raise ValueError(f"update_statistics is True with bn={bn!r}; expected bn='batch'")
         if branch is not None:
-            _check_branch(model, branch)
-        self.model = model
+            _check_branch(_bare(model), branch)
+        self.model = _bare(model)
         self.eps, self.alpha = check_pixels("eps", eps), check_pixels("alpha", alpha)
+        if norm == "Linf" and self.eps > 1:
+            raise ValueError(f"eps is {eps}; expected at most 1, in units of [0, 1] pixels, such as 8/255")
         self.steps, self.random_start = steps, bool(random_start)
         self.norm, self.loss, self.start, self.bn = norm, loss, start, bn
         self.update_statistics, self.branch, self.precision = update_statistics, branch, precision
         self.check_values = check_values
-        self.reset(seed)
+        self.seed: int = _drawn_seed() if seed is None else seed
+        self.reset()
         self._objective: Objective = loss if callable(loss) else OBJECTIVES[loss]
         self._loss: Callable[..., tuple[Tensor, int]] = self._summed_loss
         if compile:
             self._loss = torch.compile(self._summed_loss, dynamic=False)
 
-    def reset(self, seed: int = 0) -> None:
-        """Begin the stream of random starts anew. Raises TypeError unless `seed` is an int."""
+    def reset(self, seed: int | None = None) -> None:
+        """Begin the stream of random starts anew, None: of the same seed. Raises TypeError unless it is an
+        int.
+        """
+        seed = self.seed if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed is a {type(seed).__name__}; expected an int")
+            raise TypeError(f"seed is a {type(seed).__name__}; expected an int or None")
         self.seed, self.calls = seed, 0
 
     def __repr__(self) -> str:
@@ -228,6 +241,19 @@ class PGD:
             # Too large a label is refused once the classes are known; on a GPU the loss would abort on it.
             target = target.clamp_max(classes - 1)
         return self._objective(logits, target).sum(), classes
+
+
+def _drawn_seed() -> int:
+    """Reproducible by `torch.manual_seed`; ranks that were seeded alike still start differently."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return int(torch.randint(1 << 32, (), device="cpu")) + (rank << 32)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that `functional_call` refuses, or that would average gradients."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def _check_branch(model: nn.Module, branch: str) -> None:

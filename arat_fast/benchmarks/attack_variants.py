@@ -89,9 +89,9 @@ def build_attack(setting: Setting, device: torch.device, variant: str, networks:
         peer: Attack = torchattacks.PGD(networks.plain, eps=EPS, alpha=ALPHA, steps=steps, random_start=True)
         return peer
     if variant == "ours-plain":
-        return PGD(networks.plain, EPS, ALPHA, steps)
+        return PGD(networks.plain, EPS, ALPHA, steps, seed=0)
     if variant == "ours-batch":
-        return PGD(networks.fast, EPS, ALPHA, steps, bn="batch", update_statistics=True, branch="adv")
+        return PGD(networks.fast, EPS, ALPHA, steps, bn="batch", update_statistics=True, branch="adv", seed=0)
     if variant.startswith("ours"):
         return PGD(
             networks.fast,
@@ -101,6 +101,7 @@ def build_attack(setting: Setting, device: torch.device, variant: str, networks:
             branch="adv",
             precision="bf16" if variant == "ours-bf16" else None,
             compile=variant == "ours-compiled",
+            seed=0,
         )
     return Training(networks.fast, setting, device, "batch" if variant == "fast-batch" else "running")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,24 +21,39 @@ __all__ = ["fit_weights", "load_weights", "read_weights"]
 _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "net", "model", "network")
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
+def read_weights(path: Path | str, key: str | None = None) -> dict[str, Tensor]:
     """The state_dict in a .pt, .pth or .safetensors file, under the file's own names; on the CPU.
 
-    Raises UserError for a file that is missing or damaged, that holds pickled code, or no weights.
+    key: where in the file, for one that holds several or keeps it at an unusual place.
+
+    Raises UserError for a file that is missing or damaged, that holds pickled code, or no weights (at `key`).
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file of weights at {path}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    state = _weights_in(content)
-    if state is None:
-        kind = type(content).__name__
-        inside = f" with {', '.join(sorted(map(str, content))[:5])}" if isinstance(content, Mapping) else ""
+    if key is not None and not (isinstance(content, Mapping) and key in content):
+        raise UserError(f"{path} has no {key!r}: {_described(content)}")
+    state = _weights_in(content if key is None else content[key])
+    if state is not None:
+        return state
+    if key is not None:
+        raise UserError(f"{path} holds no weights at {key!r}: {_described(content[key])}")
+    places = [str(k) for k, v in content.items() if _weights_in(v)] if isinstance(content, Mapping) else []
+    if places:
         raise UserError(
-            f"{path} holds no weights: a {kind}{inside}; expected a state_dict, or one under "
-            f"{', '.join(_CONTAINERS)}"
+            f"{path} holds weights at {', '.join(places)}; say which, load_weights(model, file, "
+            f"key={places[-1]!r})"
         )
-    return state
+    raise UserError(
+        f"{path} holds no weights: {_described(content)}; expected a state_dict, or one under "
+        f"{', '.join(_CONTAINERS)}"
+    )
+
+
+def _described(content: object) -> str:
+    inside = f" with {', '.join(sorted(map(str, content))[:5])}" if isinstance(content, Mapping) else ""
+    return f"a {type(content).__name__}{inside}"
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -54,7 +70,8 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of foreign bytes the unpickler makes anything, IndexError included
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise UserError(
@@ -64,6 +81,13 @@ def _read_torch(path: Path) -> Any:
         known = isinstance(error, pickle.UnpicklingError)
         reason = "not one of torch.save" if known else str(error).split("\n")[0]
         raise UserError(f"{path} is not a readable checkpoint ({reason})") from None
+
+
+def _numpy_scalars() -> list[Any]:
+    """What NumPy's numbers are unpickled by, under the names of NumPy 1 and 2: accuracies beside weights."""
+    scalar = np.float64().__reduce__()[0]
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*names, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
 
 
 def _weights_in(content: Any) -> dict[str, Tensor] | None:
@@ -80,7 +104,9 @@ def _weights_in(content: Any) -> dict[str, Tensor] | None:
     return None
 
 
-def load_weights(model: nn.Module, path: Path | str, branch: str = "adv") -> nn.Module:
+def load_weights(
+    model: nn.Module, path: Path | str, branch: str = "adv", key: str | None = None
+) -> nn.Module:
     """Load a file's weights into `model`, and return it.
 
     Reads what `arat-fast` wrote, the ARAT authors' checkpoints, timm's (split BN with `aux_bn`, or plain) and
@@ -88,22 +114,41 @@ def load_weights(model: nn.Module, path: Path | str, branch: str = "adv") -> nn.
     split ones.
 
     Args:
-        model: as `create_model` builds it, or any other.
+        model: as `create_model` builds it, or any other; of a wrapped one (DataParallel, a Sequential of
+            normalisation and network) weights saved without the wrapper fill the network inside.
         path: .pt, .pth or .safetensors.
         branch: of split weights, for a model with single BatchNorms: clean or adv.
+        key: where in the file the state_dict is; the usual names are found without.
 
     Raises:
         UserError: what `read_weights` raises; weights of another network, of other shapes or of another
             number of classes, named with both. The model is unchanged then.
     """
-    fit_weights(model, read_weights(path), branch, str(path))
+    fit_weights(model, read_weights(path, key), branch, str(path))
     return model
+
+
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and inside it what holds all its parameters: a wrapper's network, and so on."""
+    while True:
+        yield model
+        holders = [child for child in model.children() if any(True for _ in child.parameters())]
+        if len(holders) != 1 or model._parameters:
+            return
+        model = holders[0]
+
+
+def _named_alike(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """How many entries have the model's names."""
+    wanted = model.state_dict().keys()
+    return len(wanted & under_our_names(state, wanted).keys())
 
 
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], branch: str, source: str) -> None:
     """Load a state_dict of any known layout; see `load_weights`. `source` is named in errors."""
-    wanted = model.state_dict()
     try:
+        model = max(_unwrapped(model), key=lambda inside: _named_alike(inside, state))
+        wanted = model.state_dict()
         state = under_our_names(state, wanted.keys())
         count = split_branches(state)
         layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]

@@ -8,8 +8,10 @@ from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .branch_state import BranchState, Statistics, shared_state
+from .fused_batch_norm import FusedBatchNorm2d
 from .split_batch_norm import SplitBatchNorm2d
 
 __all__ = ["bind_branches", "bn_mode", "convert_split_bn", "revert_split_bn", "use_branch"]
@@ -125,12 +127,25 @@ def replace_modules(model: nn.Module, build: Callable[[str, nn.Module], nn.Modul
     return sum(new is not None for new in built.values())
 
 
+def refuse_other_batch_norms(path: str, module: nn.Module) -> None:
+    """ValueError for a BatchNorm that has no branches and would mix theirs: 1d, 3d, synchronised."""
+    if not isinstance(module, _BatchNorm) or isinstance(module, nn.BatchNorm2d):
+        return
+    if isinstance(module, nn.SyncBatchNorm):
+        remedy = "make it an nn.BatchNorm2d, and call synchronise_batch_norm(model, group) after the split"
+    else:
+        remedy = "replace it by an nn.BatchNorm2d (features as (N, C, 1, 1)), or by LayerNorm or GroupNorm"
+    kind = type(module).__name__
+    raise ValueError(f"{path or 'the model'} is a {kind}, whose statistics would mix the branches'; {remedy}")
+
+
 def _split(path: str, module: nn.Module, branches: Sequence[str]) -> SplitBatchNorm2d | None:
     if isinstance(module, SplitBatchNorm2d):
         raise ValueError(f"{path or 'the model'} is split already; revert_split_bn first")
+    refuse_other_batch_norms(path, module)
     if not isinstance(module, nn.BatchNorm2d):
         return None
-    if type(module) is not nn.BatchNorm2d:
+    if type(module) not in (nn.BatchNorm2d, FusedBatchNorm2d):
         raise ValueError(
             f"{path} is a {type(module).__name__}; expected nn.BatchNorm2d itself, replace it first"
         )
@@ -165,8 +180,8 @@ def convert_split_bn(
         the model; a new module where the model itself is a BatchNorm2d.
 
     Raises:
-        ValueError: no BatchNorm2d, split already, a subclass of BatchNorm2d, or one without affine parameters
-            or running statistics. Nothing is changed then.
+        ValueError: no BatchNorm2d, split already, a subclass of BatchNorm2d, one without affine parameters or
+            running statistics, or another BatchNorm (1d, 3d, synchronised). Nothing is changed then.
     """
     for path, module in model.named_modules():
         _split(path, module, branches)  # every refusal comes before the first change

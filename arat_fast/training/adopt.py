@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from arat_fast import methods
+from arat_fast.attacks.checks import span
 from arat_fast.config import TrainConfig
 from arat_fast.errors import UserError
 from arat_fast.loaders.stream import Batch, counter_seed
@@ -118,7 +119,8 @@ def check_range(labels: Tensor, num_classes: int) -> None:
 def look_at(loader: Loader, model: nn.Module) -> OwnData:
     """Shapes of a user's first batch, and the classes of the model on it.
 
-    Raises UserError for an empty loader, wrong tensors, or pixels outside [0, 1].
+    Raises UserError for an empty loader, wrong tensors, pixels outside [0, 1], or a model whose output is not
+    logits.
     """
     if not isinstance(loader, Sized):
         raise UserError("loaders: the training loader has no length; give a sized DataLoader")
@@ -130,14 +132,16 @@ def look_at(loader: Loader, model: nn.Module) -> OwnData:
     low, high = float(images.amin()), float(images.amax())
     if not (low >= 0 and high <= 1):
         raise UserError(
-            f"loaders: pixels reach from {low:.3g} to {high:.3g}; expected [0, 1]. Normalise inside the "
-            "model, where the attack sees it"
+            f"loaders: pixels span {span(low, high)}; expected [0, 1]. Normalise inside the model, where the "
+            "attack sees it"
         )
     was_training = model.training
     device = next(model.parameters()).device
     with torch.no_grad():
         logits = model.eval()(images[:2].to(device).contiguous(memory_format=torch.channels_last))
     model.train(was_training)
+    if not isinstance(logits, Tensor):
+        raise UserError(f"the model returned a {type(logits).__name__}; expected logits (N, classes)")
     if logits.ndim != 2 or int(labels.max()) >= logits.shape[1]:
         raise UserError(
             f"the model's output is {tuple(logits.shape)} and labels reach {int(labels.max())}; expected (N, "

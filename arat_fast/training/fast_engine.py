@@ -74,7 +74,7 @@ class FastEngine:
             self.method,
             self.optimizer,
             attack=config.attack,
-            precision=precision,
+            precision=config.precision,
             compiled=config.compile and compiles and not synchronised,
             capture=config.capture,
             padding=padding_of(config),

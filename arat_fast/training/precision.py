@@ -56,15 +56,17 @@ def can_be_cast(model: nn.Module) -> bool:
 class LowPrecisionTwin:
     """The model with convolutions and linear layers in a low precision; everything else is the model's own.
 
-    Master weights stay in the model; `refresh` casts them, once an iteration, and `gather_gradients` brings
-    the gradients of the cast weights back. BatchNorm modules are shared, so their parameters, statistics and
-    choices of branch are the model's. With fp32 the twin is the model itself and both calls do nothing.
+    Master weights stay in the model; `refresh` casts them, once an iteration, and takes over which are
+    trained and which layers are in train mode; `gather_gradients` brings the gradients back. BatchNorm
+    modules are shared, so their parameters, statistics and choices of branch are the model's. With fp32 the
+    twin is the model itself and both calls do nothing.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.module = model
         self._low: list[Tensor] = []
         self._master: list[nn.Parameter] = []
+        self._copies: list[tuple[nn.Module, nn.Module]] = []
         # A model in float64 is an oracle: it stays as it is.
         if dtype is torch.float32 or any(p.dtype is torch.float64 for p in model.parameters()):
             return
@@ -76,6 +78,8 @@ class LowPrecisionTwin:
         self.module = copy.deepcopy(model, shared)
         masters = dict(model.named_modules())
         for name, layer in self.module.named_modules():
+            if layer is not masters[name]:
+                self._copies.append((layer, masters[name]))
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 layer.to(dtype)
                 pairs = zip(layer.parameters(), masters[name].parameters(), strict=True)
@@ -85,7 +89,13 @@ class LowPrecisionTwin:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the master weights. One foreach call."""
+        """Cast the master weights, one foreach call; modes and requires_grad as the model's are now."""
+        for layer, model in self._copies:
+            if layer.training != model.training:
+                layer.training = model.training
+        for low, master in zip(self._low, self._master, strict=True):
+            if low.requires_grad != master.requires_grad:
+                low.requires_grad_(master.requires_grad)
         if self._low:
             torch._foreach_copy_(self._low, list(self._master))
 

@@ -23,6 +23,7 @@ from arat_fast.kernels.dispatch import on_device
 from arat_fast.methods.base import Method, Outputs
 from arat_fast.nn import SplitBatchNorm2d, bind_branches, bn_mode, use_branch
 from arat_fast.nn.branch_state import BranchState, shared_state
+from arat_fast.nn.branches import refuse_other_batch_norms
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import (
     CannotCapture,
@@ -35,6 +36,7 @@ from arat_fast.training.capture import (
 from arat_fast.training.compiled import compiled_pass, tracing
 from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
 from arat_fast.training.finite import FiniteGuard, loss_terms
+from arat_fast.training.first_look import check_values, try_forward, two_images
 from arat_fast.training.momentum import start_momentum
 from arat_fast.training.precision import (
     DTYPES,
@@ -43,6 +45,7 @@ from arat_fast.training.precision import (
     can_be_cast,
     resolve_precision,
 )
+from arat_fast.training.recorded_optimizer import RecordedOptimizer
 from arat_fast.training.taps import TapHooks
 
 log = logging.getLogger(__name__)
@@ -58,15 +61,17 @@ class TrainStep:
         method: the objective. Its branches must be the model's.
         optimizer: over the parameters of model and method; its state may be restored before the first call.
         attack: radius, steps, loss, start and BatchNorm mode of the attack.
-        precision: of convolutions and classifier; "auto" picks bf16 where it is fast. fp32 and tf32 compute
-            in float32; which of the two is torch's own setting.
+        precision: of convolutions and classifier; "auto" picks bf16 where it is fast, under autocast where
+            the model fails when it is cast. fp32 and tf32 compute in float32; which of the two is torch's own
+            setting.
         compiled: use torch.compile on batches of `batch_size` images; other sizes run eagerly.
         batch_size: images of a whole batch; None: the first batch's. Tell it to a step that may start with an
             epoch's last, smaller batch, as that of a resumed run.
         joined: in compiled passes, let BatchNorm's backward add the two gradients of a block's output.
         capture: on a GPU, replay batches as one CUDA graph, one for each of the first two sizes: whole
             batches, and the last of an epoch; anew where the method's plan changes. Where that cannot be, a
-            warning says why. Learning rates then become device tensors: change them by `fill_`.
+            warning says why. Learning rates then become device tensors, which numbers set by hand are copied
+            into; of the optimizer's other settings and of requires_grad none may change then.
         padding, flip: augmentation of uint8 batches.
         seed: of crops and attack starts.
         world: the processes that share every batch: gradients are averaged over them, each draws attack
@@ -79,8 +84,9 @@ class TrainStep:
     tensors, valid until the next call; nothing waits for the device.
 
     Raises ValueError when the method needs branches or taps that the model lacks, when the optimizer lacks a
-    trainable parameter of either, and for an attack that is none, before anything has changed. Pixels and
-    label values are not looked at: that would wait for the device.
+    trainable parameter of either, and for an attack that is none, before anything has changed; TypeError or
+    ValueError at the first call for a model that gives no logits (N, classes), float images outside [0, 1] or
+    labels of no class. Later batches' values are not looked at: that would wait for the device.
     """
 
     def __init__(
@@ -108,31 +114,16 @@ class TrainStep:
         self.padding, self.flip = padding, flip
         _check_branches(model, method)
         _check_optimizer(model, method, optimizer)
-        self.precision = resolve_precision(precision, self.device)
-        self.dtype = parameter.dtype if self.exact else DTYPES[self.precision]
-        self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
-        scaled = self.dtype is torch.float16
-        if self.dtype in (torch.bfloat16, torch.float16) and not can_be_cast(model):
-            self.autocast = partial(torch.autocast, self.device.type, self.dtype)
-            self.dtype = torch.float32
-        method.compute = self.dtype  # of a second network's convolutions
-        self.twin = LowPrecisionTwin(model, self.dtype)
+        self._asked, self.precision = precision, resolve_precision(precision, self.device)
         # Counters on the device, so that a replayed graph counts on; their values on the host beside them.
         self.step, self.epoch, self.seed = (
             torch.tensor(value, dtype=torch.int64, device=self.device) for value in (0, 1, seed)
         )
-        start_seed = self.seed if world.rank == 0 else self.seed + (world.rank << 32)
+        self._world = world
         self._at = (1, 0)
-        self.attack = AttackPass(
-            model,
-            self.twin,
-            self.settings,
-            dtype=self.dtype,
-            seed=start_seed,
-            offset=self.step,
-            autocast=self.autocast,
-        )
-        self.taps = TapHooks(self.twin.module, method.taps)
+        dtype = parameter.dtype if self.exact else DTYPES[self.precision]
+        scaled = dtype is torch.float16
+        self._build(dtype, under_autocast=dtype.itemsize == 2 and not can_be_cast(model))
         self.scaler = (
             torch.amp.GradScaler(self.device.type) if scaled else None  # type: ignore[attr-defined]
         )
@@ -145,9 +136,29 @@ class TrainStep:
         self.captured: list[CapturedIteration] = []
         self._whole = batch_size
         self._plan = method.plan  # of the captured iterations
+        self._recorded: RecordedOptimizer | None = None
         self._compiled_for: torch.Size | None = None
         self._compiled_forward = self._training_forward
-        self._averaged = averaged_over_ranks(self.twin.module, method, world)
+
+    def _build(self, dtype: torch.dtype, under_autocast: bool) -> None:
+        """The passes, computing in `dtype`: by a cast copy of the model, or by itself under autocast."""
+        self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        if under_autocast:
+            self.autocast, dtype = partial(torch.autocast, self.device.type, dtype), torch.float32
+        self.dtype = self.method.compute = dtype  # also of a second network's convolutions
+        self.twin = LowPrecisionTwin(self.model, dtype)
+        rank = self._world.rank
+        self.attack = AttackPass(
+            self.model,
+            self.twin,
+            self.settings,
+            dtype=dtype,
+            seed=self.seed if rank == 0 else self.seed + (rank << 32),
+            offset=self.step,
+            autocast=self.autocast,
+        )
+        self.taps = TapHooks(self.twin.module, self.method.taps)
+        self._averaged = averaged_over_ranks(self.twin.module, self.method, self._world)
 
     def __call__(
         self,
@@ -169,7 +180,10 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, indices: Tensor | None, resident: bool, x_adv: Tensor | None
     ) -> dict[str, Tensor]:
         if not self._begun:
+            self._look(images, labels)
             self._begin()
+        if self._recorded is not None:
+            self._recorded.follow()
         if self._compile and self._compiled_for is None and self._whole == len(labels):
             self._compile_for(images, labels)
         self._at = (self._at[0], self._at[1] + 1)
@@ -229,6 +243,31 @@ class TrainStep:
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected int64 ({count},)"
             )
 
+    def _look(self, images: Tensor, labels: Tensor) -> None:
+        """Before the first iteration, once: the batch's values, and whether the model computes as asked."""
+        if not len(labels):
+            return
+        x = two_images(images, torch.float64 if self.exact else torch.float32)
+        self.twin.refresh()
+        try:
+            with algorithm_search(False):
+                logits = try_forward(self.twin.module, x.to(self.dtype), self.autocast)
+        except RuntimeError as error:
+            if self.twin.module is self.model:
+                raise
+            logits = try_forward(self.model, x, nullcontext)  # where this fails too, precision is not why
+            name, reason = type(self.model).__name__, str(error).split("\n")[0]
+            if self._asked != "auto":
+                raise ValueError(
+                    f"{name} does not compute in {self.precision}: {reason}. Make tensors that it holds as "
+                    "attributes buffers (register_buffer), or choose precision 'auto' or 'fp32'"
+                ) from error
+            log.warning("%s runs under autocast, since cast to %s it fails: %s", name, self.precision, reason)
+            eps, alpha = self.attack.eps, self.attack.alpha
+            self._build(self.dtype, under_autocast=True)
+            self.attack.eps, self.attack.alpha = eps, alpha
+        check_values(images, labels, logits.shape[1])
+
     def _begin(self) -> None:
         """Before the first iteration, when the optimizer's state is there."""
         self._begun = True
@@ -264,6 +303,7 @@ class TrainStep:
                 self._make_graph(self.captured[0].graph if self.captured else None),
             )
             self.captured.append(captured)
+            self._recorded = self._recorded or RecordedOptimizer(self.optimizer)
             return
         except CannotCapture as refusal:
             reason = str(refusal)
@@ -410,6 +450,8 @@ def _check_optimizer(model: nn.Module, method: Method, optimizer: torch.optim.Op
 
 
 def _check_branches(model: nn.Module, method: Method) -> None:
+    for path, layer in model.named_modules():
+        refuse_other_batch_norms(path, layer)
     if not any(isinstance(layer, nn.BatchNorm2d | SplitBatchNorm2d) for layer in model.modules()):
         if len(method.branches) > 1:
             raise ValueError(

@@ -190,6 +190,38 @@ def test_starts_differ_between_calls_and_repeat_after_reset() -> None:
     attack.reset(4)
     assert not torch.equal(attack(x, y), first)
     assert torch.equal(PGD(ours, steps=1, seed=3)(x, y), first)
+    attack.reset(3)
+    attack(x, y)
+    attack.reset()
+    assert torch.equal(attack(x, y), first)
+
+
+def test_without_a_seed_the_starts_are_torchs_to_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch(torch.float32)
+    model = convolutional()
+    first, second = (PGD(model, steps=1)(x, y) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    first, second = (PGD(model, steps=1)(x, y) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(PGD(model, steps=1)(x, y), first)
+    state = torch.get_rng_state()
+    PGD(model, steps=1, seed=5)(x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)  # two ranks that seed alike
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert not torch.equal(PGD(model, steps=1)(x, y), first)
+
+
+def test_of_a_data_parallel_model() -> None:
+    _, ours = networks()
+    x, y = batch()
+    expected = PGD(ours, steps=2, branch="adv", seed=0)(x, y)
+    attack = PGD(nn.DataParallel(ours), steps=2, branch="adv", seed=0)
+    torch.testing.assert_close(attack(x, y), expected, rtol=0, atol=0)
+    inside = PGD(nn.Sequential(nn.DataParallel(ours)), steps=2, branch="adv", seed=0)
+    torch.testing.assert_close(inside(x, y), expected, rtol=0, atol=0)
 
 
 def test_own_losses() -> None:
@@ -199,9 +231,9 @@ def test_own_losses() -> None:
     def each(logits: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    expected = PGD(ours, steps=2, norm="L2", eps=0.5, alpha=0.2)(x, y)
+    expected = PGD(ours, steps=2, norm="L2", eps=0.5, alpha=0.2, seed=0)(x, y)
     for loss in (each, lambda z, t: each(z, t).sum()):
-        found = PGD(ours, steps=2, norm="L2", eps=0.5, alpha=0.2, loss=loss)(x, y)
+        found = PGD(ours, steps=2, norm="L2", eps=0.5, alpha=0.2, seed=0, loss=loss)(x, y)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
@@ -230,12 +262,12 @@ def test_images_keep_their_layout_and_become_fp32(dtype: torch.dtype, channels_l
 def test_bf16_stays_in_the_ball(how: str, split: bool) -> None:
     model = networks(torch.float32)[1] if split else convolutional()
     x, y = batch(torch.float32)
-    exact = PGD(model, steps=10)(x, y)
+    exact = PGD(model, steps=10, seed=0)(x, y)
     if how != "autocast" and not split:
         model = model.to(torch.bfloat16)
     if how == "images too":
         x = x.to(torch.bfloat16)
-    attack = PGD(model, steps=10, precision="bf16" if how == "autocast" else None)
+    attack = PGD(model, steps=10, seed=0, precision="bf16" if how == "autocast" else None)
     x_adv = attack(x, y)
     assert x_adv.dtype == torch.float32
     distance = float((x_adv - x.float()).abs().max())
@@ -249,20 +281,20 @@ def test_bf16_stays_in_the_ball(how: str, split: bool) -> None:
 def test_fp32_switches_a_callers_autocast_off() -> None:
     model = convolutional()
     x, y = batch(torch.float32)
-    expected = PGD(model, steps=2)(x, y)
+    expected = PGD(model, steps=2, seed=0)(x, y)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(PGD(model, steps=2, precision="fp32")(x, y), expected)
-        assert not torch.equal(PGD(model, steps=2)(x, y), expected)
+        assert torch.equal(PGD(model, steps=2, seed=0, precision="fp32")(x, y), expected)
+        assert not torch.equal(PGD(model, steps=2, seed=0)(x, y), expected)
 
 
 def test_inside_no_grad_and_inference_mode() -> None:
     model = convolutional()
     x, y = batch(torch.float32)
-    expected = PGD(model, steps=2)(x, y)
+    expected = PGD(model, steps=2, seed=0)(x, y)
     with torch.no_grad():
-        assert torch.equal(PGD(model, steps=2)(x, y), expected)
+        assert torch.equal(PGD(model, steps=2, seed=0)(x, y), expected)
     with torch.inference_mode():
-        assert torch.equal(PGD(model, steps=2)(x.clone(), y.clone()), expected)
+        assert torch.equal(PGD(model, steps=2, seed=0)(x.clone(), y.clone()), expected)
 
 
 class TinyTransformer(nn.Module):
@@ -307,6 +339,7 @@ def check_compiled(model: nn.Module, bn: Any) -> None:
         "update_statistics": bn == "batch",
         "norm": "L2",
         "eps": 0.5,
+        "seed": 0,
     }
     twin = copy.deepcopy(model)
     expected = PGD(twin, **kwargs)(x, y)
@@ -336,6 +369,6 @@ def test_compiled_by_inductor() -> None:
 def test_of_a_compiled_model() -> None:
     model = Scaled(networks(torch.float32)[1])
     x, y = batch(torch.float32)
-    expected = PGD(model, steps=2)(x, y)
-    found = PGD(torch.compile(model, backend="aot_eager"), steps=2)(x, y)  # type: ignore[arg-type]
+    expected = PGD(model, steps=2, seed=0)(x, y)
+    found = PGD(torch.compile(model, backend="aot_eager"), steps=2, seed=0)(x, y)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -33,6 +33,8 @@ from arat_fast.attacks import PGD
         ({"update_statistics": True}, ValueError, "expected bn='batch'"),
         ({"branch": "adv"}, ValueError, "no split BatchNorm: convert it with convert_split_bn"),
         ({"model": "resnet18"}, TypeError, "model is a str; expected an nn.Module"),
+        ({"model": lambda x: x}, TypeError, r"model is a function; .* nn.Sequential\(normalise, model\)"),
+        ({"eps": 8, "alpha": 2}, ValueError, "eps is 8; expected at most 1, .* such as 8/255"),
     ],
 )
 def test_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -57,6 +59,7 @@ X, Y = batch(torch.float32)
         (X.numpy(), Y, TypeError, "images are ndarray"),
         (X * 2 - 1, Y, ValueError, r"images span \[-0.99.*normalises inside"),
         (X + 1e-3, Y, ValueError, r"images span .* 1.001\]"),
+        (X / X.max() + 2e-7, Y, ValueError, r"images span .* 1.00000024\]; .* images.clamp\(0, 1\)"),
         (X.where(X < 0.99, torch.nan), Y, ValueError, "images contain NaN"),
         (X[0, 0, 0], Y, ValueError, r"images have shape \(12,\); expected \(N, C, H, W\)"),
         (X, Y.int(), TypeError, "labels are torch.int32; expected an int64 tensor"),
@@ -90,6 +93,10 @@ def test_models_that_return_something_else() -> None:
 def test_values_are_not_read_back_where_asked() -> None:
     x_adv = PGD(convolutional(), steps=1, check_values=False)(X + 0.5, Y)
     assert float(x_adv.max()) <= 1
+
+
+def test_an_l2_ball_may_be_larger_than_the_range_of_a_pixel() -> None:
+    assert PGD(convolutional(), eps=3.0, alpha=0.5, steps=1, norm="L2")(X, Y).shape == X.shape
 
 
 def test_an_empty_batch() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -154,6 +157,78 @@ def test_safetensors_files(tmp_path: Path) -> None:
 
 class Pickled:
     """An object of somebody's program."""
+
+
+class Centred(nn.Module):
+    """A wrapper with constants of its own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x - self.mean)
+        return logits
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        lambda network: nn.Sequential(nn.Identity(), network),
+        lambda network: nn.DataParallel(Centred(network)),
+    ],
+)
+def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    theirs = authors_network()
+    for saved in (theirs.state_dict(), prefixed(theirs.state_dict(), "module.")):
+        torch.save(saved, tmp_path / "plain.pt")
+        ours = create_model("resnet8")
+        wrapped = wrap(ours)
+        assert load_weights(wrapped, tmp_path / "plain.pt") is wrapped
+        assert_same_logits(ours, theirs)
+    torch.save(wrapped.state_dict(), tmp_path / "wrapped.pt")
+    again = create_model("resnet8")
+    load_weights(wrap(again), tmp_path / "wrapped.pt")
+    assert_same_logits(again, theirs)
+    torch.save(theirs.state_dict() | {"linear.weight": torch.zeros(7, 64)}, tmp_path / "plain.pt")
+    with pytest.raises(UserError, match=r"linear.weight is \(7, 64\)"):
+        load_weights(wrapped, tmp_path / "plain.pt")
+    assert_same_logits(ours, theirs)
+
+
+def test_weights_at_a_key(tmp_path: Path) -> None:
+    last, best = authors_network(), authors_network(1)
+    file = tmp_path / "file.pth"
+    torch.save({"last": last.state_dict(), "best": {"net": best.state_dict()}, "epoch": 3}, file)
+    ours = load_weights(create_model("resnet8"), file, key="best")
+    assert_same_logits(ours, best)
+    for key, message in [
+        (None, r"holds weights at last, best; say which, load_weights\(model, file, key='best'\)"),
+        ("worst", "has no 'worst': a dict with best, epoch, last"),
+        ("epoch", "holds no weights at 'epoch': a int"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_weights(ours, file, key=key)
+
+
+def test_numpys_numbers_beside_the_weights(tmp_path: Path) -> None:
+    theirs = authors_network()
+    numbers = {"test_robust_acc": np.float64(0.5), "epoch": np.int64(3), "best": np.bool_(True)}
+    file = tmp_path / "file.pth"
+    torch.save({"state_dict": theirs.state_dict(), **numbers}, file)
+    assert_same_logits(load_weights(create_model("resnet8"), file), theirs)
+    named = pickle.dumps(np.float64(0.5), 2)
+    old, new = b"numpy.core.multiarray", b"numpy._core.multiarray"
+    assert new in named or old in named
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:  # as the other NumPy would have written it
+        for name, content in entries.items():
+            swapped = content.replace(new, old) if new in named else content.replace(old, new)
+            archive.writestr(name, swapped if name.endswith("data.pkl") else content)
+    assert_same_logits(load_weights(create_model("resnet8"), file), theirs)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:

@@ -225,6 +225,14 @@ class Subclass(nn.BatchNorm2d):
         (lambda: nn.Sequential(Subclass(3)), "0 is a Subclass"),
         (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False)), "1 has no affine"),
         (lambda: convert_split_bn(small_model()), "1.bn1 is split already"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(3)),
+            r"1 is a BatchNorm1d, .* \(N, C, 1, 1\)",
+        ),
+        (
+            lambda: nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)),
+            "1 is a SyncBatchNorm.*synchronise_bat",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_named_and_left_alone(model: object, message: str) -> None:

@@ -215,6 +215,53 @@ def test_a_learning_rate_that_is_a_tensor_is_obeyed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
 
 
+def test_a_learning_rate_set_by_hand_is_obeyed() -> None:
+    """As TRADES and robust_overfitting do it, in batches of both graphs' sizes and of a third."""
+    step = captured(build("cpu"))
+    images, labels = dataset("cpu")
+    for count in (8, 6):  # the second recording finds a number
+        rows = torch.arange(count)
+        (group,) = step.optimizer.param_groups
+        group["lr"] = 0.01
+        step(images[rows], labels[rows], rows)
+    rate = step._recorded._recorded[0][0]  # type: ignore[union-attr]
+    for count in (8, 6, 5):
+        rows = torch.arange(count)
+        for lr in (0.0, torch.zeros(())):
+            group["lr"] = lr
+            before = [p.clone() for p in step.model.parameters()]
+            step(images[rows], labels[rows], rows)
+            assert group["lr"] is rate
+            assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+        group["lr"] = 0.3
+        step(images[rows], labels[rows], rows)
+        assert not all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+def test_what_a_recorded_optimizer_would_not_see_is_refused() -> None:
+    step = captured(build("cpu"))
+    images, labels = dataset("cpu")
+    rows = torch.arange(8)
+    (group,) = step.optimizer.param_groups
+    group["weight_decay"] = 1e-3  # not recorded yet
+    step(images[rows], labels[rows], rows)
+    before = snapshot(step)
+    for name, value in {"weight_decay": 0.0, "momentum": 0.5, "nesterov": True}.items():
+        kept, group[name] = group[name], value
+        with pytest.raises(ValueError, match=f"optimizer's {name} is {value}; .* capture=False"):
+            step(images[rows], labels[rows], rows)
+        group[name] = kept
+    parameter = next(step.model.parameters()).requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad of a parameter is not"):
+        step(images[rows], labels[rows], rows)
+    parameter.requires_grad_(True)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(step), strict=True))
+    step(images[rows], labels[rows], rows)
+    step.optimizer.load_state_dict(step.optimizer.state_dict())
+    with pytest.raises(ValueError, match="load_state_dict, add_param_group"):
+        step(images[rows], labels[rows], rows)
+
+
 def test_wrong_batches_are_refused_and_other_sizes_run_outside() -> None:
     step = captured(build("cpu"))
     images, labels = dataset("cpu")

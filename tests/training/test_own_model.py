@@ -143,6 +143,112 @@ def test_taps_by_hooks_are_the_pooled_relu_of_the_layer() -> None:
     torch.testing.assert_close(logits, model(x))
 
 
+def step_of(model: nn.Module, precision: str, **options: Any) -> TrainStep:
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    settings: dict[str, Any] = {"attack": AttackConfig(steps=2), "compiled": False} | options
+    return TrainStep(model, methods.AT(), optimizer, precision=precision, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_modes_and_frozen_weights_are_those_of_now(precision: str) -> None:
+    """Not of when TrainStep was made: in bf16 a copy of the network trains."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5)]
+    model = convert_split_bn(nn.Sequential(*layers, nn.Linear(8, 4)), ("adv",)).eval()
+    step = step_of(model, precision)
+    x, y = next(iter(loader(shuffle=False)))
+    step(x, y)
+    modes: list[bool] = []
+    step.twin.module.get_submodule("4").register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    for parameter in (model[0].weight, model[5].bias):
+        parameter.requires_grad_(False)
+    model.train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    step(x, y)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert modes[-1]
+    assert moved - {"0.bias"} == {"1.weight", "1.bias", "5.weight"}  # BatchNorm takes 0.bias away
+    model[0].weight.requires_grad_(True)
+    step(x, y)
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+class Constants(nn.Module):
+    """Mean and deviation as tensors that are no buffers: a convolution cast to bf16 gets fp32 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu, self.drop = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), nn.Dropout(0.1)
+        self.network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.drop(x - self.mu))
+        return logits
+
+
+def test_constants_that_are_no_buffers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under autocast where the precision is ours to choose, and as good there as asked for nothing else."""
+    x, y = next(iter(loader(shuffle=False)))
+    monkeypatch.setattr("arat_fast.training.precision.bf16_pays", lambda device: True)
+    losses = {}
+    for precision in ("fp32", "auto"):
+        torch.manual_seed(0)
+        step = step_of(convert_split_bn(Constants(), ("adv",)), precision)
+        step.attack.set_radius(0.5)
+        losses[precision] = [float(step(x, y)["loss"]) for _ in range(4)]
+    assert losses["auto"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert step.precision == "bf16"
+    assert float(step.attack.eps) == pytest.approx(4 / 255)
+    assert caplog.text.count("Constants runs under autocast, since cast to bf16 it fails") == 1
+    model = convert_split_bn(Constants(), ("adv",))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"Constants does not compute in bf16: .* buffers \(register_buffer\)"
+    ):
+        step_of(model, "bf16")(x, y)
+    with pytest.raises(RuntimeError, match="288"):  # not the precision's fault
+        step_of(model, "bf16")(x[..., 1:], y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Pair(nn.Module):
+    """Logits and features in train mode, logits in eval mode, as networks with auxiliary heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Normalised()
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.network(x), x) if self.training else self.network(x)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_batch_is_looked_at(precision: str) -> None:
+    x, y = next(iter(loader(shuffle=False)))
+    with pytest.raises(TypeError, match=r"model returned a tuple; expected logits \(N, classes\)"):
+        step_of(convert_split_bn(Pair(), ("adv",)), precision)(x, y)
+    model = convert_split_bn(Normalised(), ("adv",))
+    model.drop = nn.Dropout(0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step = step_of(model, precision)
+    random = torch.get_rng_state()
+    for images, labels, message in [
+        ((x - 0.5) / 0.2, y, r"images span .*expected pixels in \[0, 1\]\. .* normalises inside"),
+        (x.where(x > 0.01, torch.nan), y, "images contain NaN"),
+        (x, y + 1, "labels reach 4; the model has 4 classes"),
+        (x, y - 1, "labels contain -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            step(images, labels)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    step(x, y)
+    step(x + 1, y)  # would wait for the device
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", [Normalised, Transformer])
@@ -171,7 +277,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 
     x, y = torch.rand(8, 3, 8, 8), torch.arange(8) % 4
     for wrong, message in [
-        (batches(x * 255, y), r"pixels reach from .* expected \[0, 1\]. Normalise inside the model"),
+        (batches(x * 255, y), r"pixels span .* expected \[0, 1\]. Normalise inside the model"),
         (batches(x.double(), y), "images are torch.float64"),
         (batches(x, y.float()), "labels are torch.float32"),
         (batches(x, y + 3), "labels reach 6; expected"),
@@ -180,6 +286,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             Trainer(config(), run_dir=tmp_path / "run", model=Normalised(), loaders=wrong)  # type: ignore[arg-type]
+    pair = nn.Sequential(Pair())
+    pair[0].forward = lambda x: (x, x)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"model returned a tuple; expected logits \(N, classes\)"):
+        Trainer(config(), run_dir=tmp_path / "run", model=pair, loaders=loader())
     with pytest.raises(ValueError, match="splits BatchNorm by branch, and Transformer has none"):
         Trainer(config(), run_dir=tmp_path / "run", model=Transformer(), loaders=loader())
     with pytest.raises(ValueError, match="`loaders` needs `model`"):

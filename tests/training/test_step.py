@@ -331,6 +331,8 @@ def test_wrong_batches_and_models_are_refused_before_anything_changes() -> None:
         step_of(single, fast)
     with pytest.raises(ValueError, match="has no SplitBatchNorm2d"):
         step_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), methods.Standard())
+    with pytest.raises(ValueError, match="1 is a BatchNorm1d"):
+        step_of(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)), methods.Standard())
     other = methods.ARAT(ARATConfig(), {"layer9.0.bn1": 8})
     with pytest.raises(ValueError, match="the model has no such layers"):
         step_of(ours, other)
