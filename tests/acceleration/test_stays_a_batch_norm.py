@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from arat_fast.acceleration import accelerate, revert
-from arat_fast.nn import FoldedModel
+from arat_fast.nn import FoldedModel, convert_split_bn, use_branch
 from arat_fast.nn.fused_batch_norm import FusedBatchNorm2d
 
 X = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -289,3 +289,13 @@ def test_compiled(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gradient = model.get_parameter("bn.weight").grad
     assert gradient is not None
     assert gradient.ndim == 1
+
+
+def test_an_accelerated_network_can_be_split() -> None:
+    """As `Trainer(model=accelerate(net))` does: the same as splitting the plain one."""
+    model, original = pair()
+    expected = convert_split_bn(original)
+    split = convert_split_bn(model)
+    with use_branch(split, "both"), use_branch(expected, "both"):
+        torch.testing.assert_close(split(X), expected(X), rtol=1e-5, atol=1e-5)
+    assert_same_state(split, expected)
