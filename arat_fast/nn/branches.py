@@ -128,7 +128,7 @@ def replace_modules(model: nn.Module, build: Callable[[str, nn.Module], nn.Modul
 
 
 def refuse_other_batch_norms(path: str, module: nn.Module) -> None:
-    """ValueError for a BatchNorm that has no branches and would mix theirs: 1d, 3d, synchronised."""
+    """ValueError for a BatchNorm that obeys no branch or attack mode: 1d, 3d, synchronised."""
     if not isinstance(module, _BatchNorm) or isinstance(module, nn.BatchNorm2d):
         return
     if isinstance(module, nn.SyncBatchNorm):
@@ -136,7 +136,9 @@ def refuse_other_batch_norms(path: str, module: nn.Module) -> None:
     else:
         remedy = "replace it by an nn.BatchNorm2d (features as (N, C, 1, 1)), or by LayerNorm or GroupNorm"
     kind = type(module).__name__
-    raise ValueError(f"{path or 'the model'} is a {kind}, whose statistics would mix the branches'; {remedy}")
+    raise ValueError(
+        f"{path or 'the model'} is a {kind}, whose statistics no branch or attack would keep apart; {remedy}"
+    )
 
 
 def _split(path: str, module: nn.Module, branches: Sequence[str]) -> SplitBatchNorm2d | None:

@@ -194,6 +194,10 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
                 f"{type(optimizer).__name__} reads its learning rate on the host; build it with fused=True "
                 "(SGD) or capturable=True (Adam)"
             )
+    seen: set[int] = set()
     for group in optimizer.param_groups:
         if not (isinstance(group["lr"], Tensor) and group["lr"].device == device):
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+        elif id(group["lr"]) in seen:  # a tensor given to all groups; each may be set by itself
+            group["lr"] = group["lr"].clone()
+        seen.add(id(group["lr"]))

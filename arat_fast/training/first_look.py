@@ -30,7 +30,12 @@ def try_forward(module: nn.Module, x: Tensor, autocast: Autocast) -> Tensor:
     Uncompiled: another size would compile a compiled module anew. Raises what the module does, TypeError or
     ValueError for an output that is not logits (N, classes).
     """
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    before = [
+        (owner, name, buffer, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
     statistics = bn_mode(module, "running", update=False) if has_split_bn(module) else nullcontext()
     try:
         with (
@@ -41,8 +46,10 @@ def try_forward(module: nn.Module, x: Tensor, autocast: Autocast) -> Tensor:
         ):
             return logits_of(module(x), len(x))
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for owner, name, buffer, value in before:
+            owner._buffers[name] = buffer  # it may have been given another
+            if 0 not in buffer.stride():  # an expanded one cannot have been written to
+                buffer.copy_(value)
 
 
 def check_values(images: Tensor, labels: Tensor, classes: int) -> None:

@@ -51,11 +51,17 @@ class RecordedOptimizer:
                     "requires_grad of a parameter is not what the recorded CUDA graph has: make a new "
                     "TrainStep, or one with capture=False"
                 )
-        for group, (rate, _, _) in zip(groups, self._recorded, strict=True):
-            now = group["lr"]
-            if now is not rate:
-                rate.copy_(now) if isinstance(now, Tensor) else rate.fill_(float(now))
+        # Read before any is written: two groups may have changed tensors.
+        new = [float(lr) if (lr := group["lr"]) is not rate else None for group, rate in self._rates()]
+        for (group, rate), value in zip(self._rates(), new, strict=True):
+            if value is not None:
+                rate.fill_(value)
                 group["lr"] = rate
+
+    def _rates(self) -> list[tuple[dict[str, Any], Tensor]]:
+        return [
+            (g, rate) for g, (rate, _, _) in zip(self.optimizer.param_groups, self._recorded, strict=True)
+        ]
 
 
 def _trained(group: dict[str, Any]) -> list[bool]:

@@ -85,8 +85,8 @@ class TrainStep:
 
     Raises ValueError when the method needs branches or taps that the model lacks, when the optimizer lacks a
     trainable parameter of either, and for an attack that is none, before anything has changed; TypeError or
-    ValueError at the first call for a model that gives no logits (N, classes), float images outside [0, 1] or
-    labels of no class. Later batches' values are not looked at: that would wait for the device.
+    ValueError at the first call for a model that gives no logits (N, classes), and for float images outside
+    [0, 1] or with labels of no class. Later batches' values are not read: that would wait for the device.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class TrainStep:
         self._make_graph: Callable[[Graph | None], Graph] = CudaGraph
         self.captured: list[CapturedIteration] = []
         self._whole = batch_size
-        self._plan = method.plan  # of the captured iterations
+        self._recorded_of: tuple[object, ...] = ()  # what the captured iterations hold for
         self._recorded: RecordedOptimizer | None = None
         self._compiled_for: torch.Size | None = None
         self._compiled_forward = self._training_forward
@@ -182,6 +182,10 @@ class TrainStep:
         if not self._begun:
             self._look(images, labels)
             self._begin()
+        if self.captured and self._recorded_of != self._recordable():
+            # The graphs are of other forwards. What could be recorded once is recorded anew.
+            self.captured.clear()
+            self._recorded, self._capture = None, True
         if self._recorded is not None:
             self._recorded.follow()
         if self._compile and self._compiled_for is None and self._whole == len(labels):
@@ -189,9 +193,6 @@ class TrainStep:
         self._at = (self._at[0], self._at[1] + 1)
         if x_adv is not None:
             return self._iterate(images, labels, indices, resident, x_adv)
-        if self._plan != self.method.plan:  # between epochs: the graphs are of other forwards
-            self._plan = self.method.plan
-            self.captured.clear()
         inputs = (images, labels, indices)
         fitting = self._fitting(inputs)
         if fitting is None and self._capture and len(self.captured) < MOST_GRAPHS:
@@ -201,6 +202,10 @@ class TrainStep:
 
     def _fitting(self, inputs: tuple[Tensor, Tensor, Tensor | None]) -> CapturedIteration | None:
         return next((captured for captured in self.captured if captured.fits(inputs)), None)
+
+    def _recordable(self) -> tuple[object, ...]:
+        """What a replay would not see change: the method's plan, and which layers are in train mode."""
+        return self.method.plan, *(module.training for module in self.model.modules())
 
     def is_compiled(self, count: int) -> bool:
         """Whether batches of `count` images run compiled."""
@@ -304,6 +309,7 @@ class TrainStep:
             )
             self.captured.append(captured)
             self._recorded = self._recorded or RecordedOptimizer(self.optimizer)
+            self._recorded_of = self._recordable()
             return
         except CannotCapture as refusal:
             reason = str(refusal)
@@ -424,12 +430,14 @@ def algorithm_search(pays: bool) -> Iterator[None]:
 
     An epoch's last, smaller batch is one of hundreds, and the search takes as long for it as for the others.
     """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before and pays
+    if pays or not torch.backends.cudnn.benchmark:
+        yield
+        return
+    torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = True
 
 
 def _check_optimizer(model: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> None:

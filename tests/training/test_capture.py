@@ -263,6 +263,42 @@ def test_what_a_recorded_optimizer_would_not_see_is_refused() -> None:
         step(images[rows], labels[rows], rows)
 
 
+def test_groups_that_were_given_one_tensor_as_rate_keep_their_own() -> None:
+    step = build("cpu")
+    first, *others = step.optimizer.param_groups[0]["params"]
+    groups = [{"params": [first]}, {"params": others}]
+    step.optimizer = torch.optim.SGD(groups, lr=torch.tensor(0.1), momentum=0.9, fused=True)
+    images, labels = dataset("cpu")
+    rows = torch.arange(8)
+    captured(step)(images[rows], labels[rows], rows)
+    one, other = step.optimizer.param_groups
+    one["lr"] = 0.5
+    step(images[rows], labels[rows], rows)
+    assert [float(one["lr"]), float(other["lr"])] == pytest.approx([0.5, 0.1])
+    one["lr"], other["lr"] = other["lr"], one["lr"]  # each is read before either is written
+    step(images[rows], labels[rows], rows)
+    assert [float(one["lr"]), float(other["lr"])] == pytest.approx([0.1, 0.5])
+
+
+def test_a_change_of_mode_is_recorded_anew_also_after_a_size_that_failed() -> None:
+    step = captured(build("cpu"))
+    images, labels = dataset("cpu")
+    rows = torch.arange(8)
+    step(images[rows], labels[rows], rows)
+    (first,) = step.captured
+    step._make_graph = lambda beside: FailsToRecord()
+    step(images[:6], labels[:6], rows[:6])
+    assert step.captured == [first]
+    step._make_graph = lambda beside: ReplayedByHand()
+    step.model.eval()
+    step.optimizer.param_groups[0]["weight_decay"] = 0.0  # nothing recorded holds for it
+    step(images[rows], labels[rows], rows)
+    (second,) = step.captured
+    assert second is not first
+    step(images[rows], labels[rows], rows)
+    assert step.captured == [second]
+
+
 def test_wrong_batches_are_refused_and_other_sizes_run_outside() -> None:
     step = captured(build("cpu"))
     images, labels = dataset("cpu")

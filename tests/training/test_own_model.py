@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,6 +20,7 @@ from arat_fast.config import ARATConfig, AttackConfig, TrainConfig
 from arat_fast.errors import UserError
 from arat_fast.loaders.torchvision_import import torchvision
 from arat_fast.nn import convert_split_bn
+from arat_fast.training.first_look import try_forward
 from arat_fast.training.step import TrainStep
 from arat_fast.training.trainer import Trainer
 
@@ -303,3 +305,30 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="convert it with convert_split_bn"):
         TrainStep(Normalised(), method, optimizer, attack=AttackConfig())
     assert not (tmp_path / "run").exists()
+
+
+class Buffers(nn.Module):
+    """A buffer of overlapping memory, one that a forward replaces, and one that it counts in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.5).expand(3, 8, 8))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("counted", torch.zeros(()))
+        self.linear = nn.Linear(3 * 8 * 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.replaced = self.replaced + 1
+        self.counted += 1
+        logits: Tensor = self.linear((x - self.mean).flatten(1))
+        return logits
+
+
+def test_the_first_look_leaves_buffers_as_they_were() -> None:
+    model = Buffers()
+    replaced = model.replaced
+    x = torch.rand(2, 3, 8, 8)
+    assert try_forward(model, x, contextlib.nullcontext).shape == (2, 4)
+    assert model.replaced is replaced
+    assert float(replaced) == 0
+    assert float(model.counted) == 0
