@@ -81,6 +81,7 @@ evaluate pgd20.json $((piece / 8)) --attacks clean,pgd20
 [ -e "$out/manifest.json" ] || "$python" bench/pack_run.py "$run" "$out" || exit 1
 # A thousand images of ResNet-18 take some 25 GB; small batches, most of their images lost early, leave a GPU idle.
 large='import torch; assert torch.cuda.get_device_properties(0).total_memory >= 40e9'
+[ ${#device[@]} -gt 0 ] && large=false
 batch=${AUTOATTACK_BATCH:-$("$python" -c "$large" 2>/dev/null && echo 1000 || echo 250)}
 evaluate autoattack.json $((piece / 2)) --attacks clean,pgd20,autoattack --limit "$images" --batch-size "$batch"
 evaluate autoattack10.json $((piece / 8)) --attacks autoattack10 --limit "$images" --batch-size "$batch"

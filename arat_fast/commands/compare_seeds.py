@@ -19,7 +19,11 @@ def over_seeds(runs: Sequence[dict[str, Any]], configs: Sequence[TrainConfig]) -
 
     A warning names seeds that occur twice, and figures that not every run of an experiment has.
     """
-    results = [run | {"config": to_mapping(config)} for run, config in zip(runs, configs, strict=True)]
+    results = [
+        # Of one's own network or data the configuration does not know the name.
+        run | {"config": to_mapping(config) | {"model": run["model"], "dataset": run["dataset"]}}
+        for run, config in zip(runs, configs, strict=True)
+    ]
     return [_experiment(label, members) for label, members in groups(results).items()]
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+_CUDNN: Any = torch.backends.cudnn  # conv and rnn are not in its annotations
+_MATMUL: Any = torch.backends.cuda.matmul
 
 
 @contextlib.contextmanager
@@ -16,18 +19,32 @@ def full_float32(benchmark: bool) -> Iterator[None]:
     PyTorch lets cuDNN's convolutions run as TF32, with 10 bits of mantissa, unless told otherwise.
     benchmark: let cuDNN look for each convolution's fastest algorithm, which pays where shapes stay the same.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = _allows_tf32(cudnn, cudnn.conv), _allows_tf32(matmul, matmul), cudnn.benchmark  # type: ignore[attr-defined]
-    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = False, False, benchmark
+    # PyTorch keeps an older and a newer setting of the same thing: where a program has set the newer one, the
+    # older may not be readable, and what is put back must be what was set.
+    matmul = _readable(torch.get_float32_matmul_precision)
+    allows = _readable(lambda: _CUDNN.allow_tf32)
+    newer = _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision, _MATMUL.fp32_precision
+    before = _CUDNN.benchmark
+    _CUDNN.allow_tf32, _MATMUL.allow_tf32, _CUDNN.benchmark = False, False, benchmark
+    inherits = _CUDNN.conv.fp32_precision == "tf32"  # from cuDNN's or PyTorch's own fp32_precision
+    if inherits:
+        _CUDNN.conv.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+        _CUDNN.benchmark = before
+        if allows is not None:
+            _CUDNN.allow_tf32 = allows
+        if allows is None or inherits:
+            _CUDNN.conv.fp32_precision, _CUDNN.rnn.fp32_precision = newer[:2]
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        else:
+            _MATMUL.fp32_precision = newer[2]
 
 
-def _allows_tf32(flags: Any, newer: Any) -> bool:
-    """The flag; where a program has set the newer fp32_precision, reading it may raise."""
+def _readable(read: Callable[[], Any]) -> Any:
     try:
-        return bool(flags.allow_tf32)
+        return read()
     except RuntimeError:
-        return bool(newer.fp32_precision == "tf32")
+        return None

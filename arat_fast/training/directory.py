@@ -242,6 +242,7 @@ def _is_metrics(values: object) -> bool:
         isinstance(values, dict)
         and all(_is_number(values.get(key)) for key in METRICS)
         and isinstance(values["epoch"], int)
+        and _is_number(values.get("wall_seconds", 0.0))
     )
 
 

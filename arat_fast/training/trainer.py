@@ -450,4 +450,5 @@ class Trainer:
             epoch = self.config.epochs + 1
             recalibrate(network, adversarial_images(self.config, network, whole.epoch(epoch), epoch))
         self.recalibrated[name] = network.state_dict()
+        self.wall_seconds, self._begun = 0.0, time.perf_counter()  # of no epoch
         self.save()

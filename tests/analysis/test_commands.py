@@ -316,6 +316,21 @@ def test_a_seed_that_occurs_twice(
     assert capsys.readouterr().out.splitlines()[-2].split()[-6:-2] == ["2", "90.0", "50.0", "-"]
 
 
+def test_own_networks_are_experiments_of_their_own(
+    four_runs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, name in zip(four_runs[:2], ("Mine", "Yours"), strict=True):
+        environment = json.loads((Path(four_runs[-1]) / "environment.json").read_text())
+        own = environment | {"own_network": name}
+        (Path(place) / "environment.json").write_text(json.dumps(own))
+    assert main(["compare", *four_runs[:2], "--over-seeds", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(run["label"], run["seeds"]) for run in found] == [
+        ("arat, model Mine", [2]),
+        ("arat, model Yours", [0]),
+    ]
+
+
 def test_figures_of_a_run_inside_another(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

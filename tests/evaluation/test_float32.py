@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -72,6 +74,45 @@ def test_autoattack_searches_no_algorithms(digits: tuple[ImageSet, ImageSet]) ->
     assert network.seen == {(False, False, False)}
     assert torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32
+
+
+SETS = [
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.rnn.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+]
+PROBE = """
+import sys, torch
+from arat_fast.evaluation.float32 import full_float32
+def state():
+    cudnn = torch.backends.cudnn
+    reads = [lambda: cudnn.conv.fp32_precision, lambda: cudnn.rnn.fp32_precision, lambda: cudnn.allow_tf32,
+             torch.get_float32_matmul_precision, lambda: cudnn.benchmark]
+    found = []
+    for read in reads:
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("cannot be read")
+    return found
+exec(sys.argv[1])
+before = state()
+for _ in range(2):
+    with full_float32(benchmark=True):
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32", state()
+        assert torch.backends.cuda.matmul.fp32_precision != "tf32", state()
+    assert state() == before, (before, state())
+"""
+
+
+@pytest.mark.parametrize("line", SETS)
+def test_whatever_a_program_has_set_comes_back(line: str) -> None:
+    """In a process of its own: not every setting can be taken back."""
+    result = subprocess.run([sys.executable, "-c", PROBE, line], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
