@@ -10,7 +10,7 @@ the kernels.)
 Bytes moved, with e bytes an element: forward 3·e (x twice, y once), +e for a residual, +1/8 for the ReLU's
 bits where a residual hides its sign; backward 5·e (dy and x twice, dx once), +e for the residual's gradient,
 +2/8 for the bits. With running statistics 2·e forward and 2·e + 1/8 backward: the statistics are constants
-and x is not read.
+and x is not read. A layer small enough for one launch is read once: 2·e forward, 3·e backward.
 
 Where the ReLU let through is one bit an element, or nothing at all: with batch statistics and no residual,
 backward reads x anyway and finds the sign again from it. On the CPU y stands in for the bits, which the next
