@@ -10,8 +10,8 @@ called K times, one training pass), and on a GPU all of it replayed as one CUDA 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -21,9 +21,8 @@ from arat_fast.config import AttackConfig, checked_attack, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.kernels.dispatch import on_device
 from arat_fast.methods.base import Method, Outputs
-from arat_fast.nn import SplitBatchNorm2d, bind_branches, bn_mode, use_branch
-from arat_fast.nn.branch_state import BranchState, shared_state
-from arat_fast.nn.branches import refuse_other_batch_norms
+from arat_fast.nn import bn_mode, use_branch
+from arat_fast.training.algorithm_search import algorithm_search
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import (
     CannotCapture,
@@ -46,6 +45,7 @@ from arat_fast.training.precision import (
     resolve_precision,
 )
 from arat_fast.training.recorded_optimizer import RecordedOptimizer
+from arat_fast.training.step_checks import check_branches, check_optimizer
 from arat_fast.training.taps import TapHooks
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ class TrainStep:
         self.model, self.method, self.optimizer = model, method, optimizer
         self.settings = resolved_attack(checked_attack(attack), method.name)
         self.padding, self.flip = padding, flip
-        _check_branches(model, method)
-        _check_optimizer(model, method, optimizer)
+        check_branches(model, method)
+        check_optimizer(model, method, optimizer)
         self._asked, self.precision = precision, resolve_precision(precision, self.device)
         # Counters on the device, so that a replayed graph counts on; their values on the host beside them.
         self.step, self.epoch, self.seed = (
@@ -422,61 +422,3 @@ class TrainStep:
             assert logits is not None
             metrics[f"accuracy_{name}"] = (logits.detach().argmax(1) == labels).float().mean()
         return metrics
-
-
-@contextmanager
-def algorithm_search(pays: bool) -> Iterator[None]:
-    """Where it does not pay, keep cuDNN from looking for each convolution's fastest algorithm.
-
-    An epoch's last, smaller batch is one of hundreds, and the search takes as long for it as for the others.
-    """
-    if pays or not torch.backends.cudnn.benchmark:
-        yield
-        return
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = True
-
-
-def _check_optimizer(model: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer made before a conversion would train parameters that the model no longer has."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [
-        name
-        for prefix, module in (("model.", model), ("method.", method))
-        for name, p in ((prefix + n, p) for n, p in module.named_parameters())
-        if p.requires_grad and id(p) not in held
-    ]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ValueError(
-            f"the optimizer does not hold {shown}: build it last, over [*model.parameters(), "
-            "*method.parameters()]; a parameter that shall stay gets requires_grad_(False)"
-        )
-
-
-def _check_branches(model: nn.Module, method: Method) -> None:
-    for path, layer in model.named_modules():
-        refuse_other_batch_norms(path, layer)
-    if not any(isinstance(layer, nn.BatchNorm2d | SplitBatchNorm2d) for layer in model.modules()):
-        if len(method.branches) > 1:
-            raise ValueError(
-                f"{type(method).__name__} uses the BatchNorm branches {method.branches}; "
-                f"{type(model).__name__} has no BatchNorm2d to split. Choose a method with one branch "
-                "(ARAT: split_bn=False)"
-            )
-        # Nothing to choose from: a state of its own lets the same calls work.
-        model._branch_state = BranchState(method.branches)  # type: ignore[assignment]
-    have = (shared_state(model) or bind_branches(model)).branches
-    missing = [b for b in method.branches if b not in have]
-    if missing or len(method.branches) != len(have):
-        raise ValueError(
-            f"{type(method).__name__} uses the BatchNorm branches {method.branches}; the model has {have}. "
-            "Build it with these branches, or convert it: convert_split_bn(model, branches)"
-        )
-    known = {name for name, _ in model.named_modules()}
-    absent = [name for name in method.taps if name not in known]
-    if absent:
-        raise ValueError(f"{type(method).__name__} taps {absent}; the model has no such layers")
