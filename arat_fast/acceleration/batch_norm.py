@@ -56,12 +56,11 @@ class DropInBatchNorm2d(SplitBatchNorm2d):
         return super().forward(x, residual.contiguous(memory_format=torch.channels_last), relu)
 
 
-class DropInBatchNormAct2d(DropInBatchNorm2d):
-    """In the place of timm's BatchNormAct2d: BatchNorm, dropout and activation in one module."""
+class _ThenAct(nn.Module):
+    """BatchNorm, dropout and activation in one module, before the BatchNorm among its bases."""
 
     drop: nn.Module
     act: nn.Module
-    fused: bool
 
     @property
     def afterwards(self) -> tuple[nn.Module, nn.Module]:
@@ -71,33 +70,24 @@ class DropInBatchNormAct2d(DropInBatchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """act(drop(BN(x))), one fused call where that is a ReLU."""
         if self.fused:
-            return super().forward(x, relu=True)
-        y: Tensor = self.act(self.drop(super().forward(x)))
+            return super().forward(x, relu=True)  # type: ignore[no-any-return,misc]
+        y: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[misc]
         return y
 
 
-class FusedBatchNormAct2d(FusedBatchNorm2d):
-    """What timm's BatchNormAct2d becomes, as a subclass of it."""
+class DropInBatchNormAct2d(_ThenAct, DropInBatchNorm2d):
+    """In the place of timm's BatchNormAct2d."""
 
-    drop: nn.Module
-    act: nn.Module
+    fused: bool
+
+
+class FusedBatchNormAct2d(_ThenAct, FusedBatchNorm2d):
+    """What timm's BatchNormAct2d becomes, as a subclass of it."""
 
     @property
     def fused(self) -> bool:
         """Whether it is BatchNorm and ReLU, which is one call."""
         return _is_relu_alone(self.drop, self.act)
-
-    @property
-    def afterwards(self) -> tuple[nn.Module, nn.Module]:
-        """What follows the normalisation, also where that is folded into a convolution."""
-        return self.drop, self.act
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """act(drop(BN(x))), one fused call where that is a ReLU."""
-        if self.fused:
-            return super().forward(x, relu=True)
-        y: Tensor = self.act(self.drop(super().forward(x)))
-        return y
 
 
 def _is_norm_act(module: nn.Module) -> bool:
