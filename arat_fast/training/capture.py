@@ -131,7 +131,8 @@ class CapturedIteration:
             t if t is None or fixed else t.clone(memory_format=torch.preserve_format)
             for t, fixed in zip(inputs, constant, strict=True)
         ]
-        before = {id(t): (t, t.clone()) for t in state()}
+        with torch.no_grad():  # a copy that remembers its parameter would tie the capture to this stream
+            before = {id(t): (t, t.clone()) for t in state()}
         random_state = torch.cuda.get_rng_state() if self._on_gpu() else None
         with graph.side_stream():
             try:

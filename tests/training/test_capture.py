@@ -163,6 +163,35 @@ def test_warm_up_leaves_no_trace(
     assert bool((momenta[0] == 3).all())
 
 
+class LooksForOldNodes(ReplayedByHand):
+    """A node that sums a parameter's gradient belongs to the stream that it was made on. One from before the
+    recording would drag that stream into it; on CUDA's default stream that breaks the capture off.
+    """
+
+    model: torch.nn.Module
+
+    def record(self, body: Callable[[], None]) -> None:
+        super().record(body)
+        self.old = []
+        for name, parameter in self.model.named_parameters():
+            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            node.metadata["seen"] = True
+            del node
+            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            if "seen" in node.metadata:
+                self.old.append(name)
+
+
+def test_nothing_from_before_the_recording_holds_on_to_the_parameters_graph() -> None:
+    step = build("cpu")
+    step._capture, step._make_graph = True, LooksForOldNodes
+    LooksForOldNodes.model = step.model
+    images, labels = dataset("cpu")
+    step(images[:8], labels[:8], torch.arange(8))
+    graph = step.captured[0].graph
+    assert isinstance(graph, LooksForOldNodes) and graph.old == []
+
+
 @pytest.mark.gpu
 def test_a_failed_capture_leaves_the_process_as_it_was() -> None:
     graph, stream, collects = CudaGraph(), torch.cuda.current_stream(), gc.isenabled()
