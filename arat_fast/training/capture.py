@@ -7,7 +7,7 @@ are one launch.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -182,6 +182,21 @@ def _restore(after: Sequence[Tensor], before: dict[int, tuple[Tensor, Tensor]]) 
             tensor.zero_()  # optimizer state that the first step made
         else:
             tensor.copy_(known[1])
+
+
+def held_by_an_older_graph(parameters: Iterable[Tensor]) -> bool:
+    """Whether something computed from one of the trained parameters, with its graph, is still referenced.
+
+    As long as it is, so is the node that sums the parameter's gradient, and that belongs to the stream on
+    which it was made. Backward would make CUDA's default stream wait for the recording, which breaks it off.
+    """
+    mark = "arat_fast: before the recording"
+    for parameter in parameters:
+        if parameter.requires_grad:
+            torch.autograd.graph.get_gradient_edge(parameter).node.metadata[mark] = True  # gone with the node
+            if torch.autograd.graph.get_gradient_edge(parameter).node.metadata.pop(mark, False):
+                return True
+    return False
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -9,6 +9,7 @@ called K times, one training pass), and on a GPU all of it replayed as one CUDA 
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from arat_fast.training.capture import (
     CapturedIteration,
     CudaGraph,
     Graph,
+    held_by_an_older_graph,
     in_order,
     make_capturable,
 )
@@ -298,7 +300,13 @@ class TrainStep:
         """Record this batch's iteration; on failure warn, and record no other."""
         if self.scaler is not None:
             self.scaler.scale(torch.zeros((), device=self.device))  # makes its tensors
+        gc.collect()
         try:
+            if held_by_an_older_graph([*self.twin.module.parameters(), *self.method.parameters()]):
+                raise CannotCapture(
+                    "a loss or an output of the model, or a copy of a parameter, is still referenced with "
+                    "its autograd graph; delete or detach it before the first iteration"
+                )
             make_capturable(self.optimizer, self.device)
             captured = CapturedIteration(
                 lambda images, labels, indices: self._iterate(images, labels, indices, resident),

@@ -16,7 +16,12 @@ from arat_fast import methods
 from arat_fast.config import ARATConfig, AttackConfig
 from arat_fast.models.cifar import ResNet
 from arat_fast.nn import bind_branches
-from arat_fast.training.capture import CannotCapture, CudaGraph, make_capturable
+from arat_fast.training.capture import (
+    CannotCapture,
+    CudaGraph,
+    held_by_an_older_graph,
+    make_capturable,
+)
 from arat_fast.training.step import TrainStep
 
 
@@ -68,7 +73,7 @@ def captured(step: TrainStep, graph: type[ReplayedByHand] = ReplayedByHand) -> T
 
 
 def snapshot(step: TrainStep) -> list[Tensor]:
-    return [t.clone() for t in step.state()]
+    return [t.detach().clone() for t in step.state()]
 
 
 def dataset(device: str) -> tuple[Tensor, Tensor]:
@@ -163,33 +168,33 @@ def test_warm_up_leaves_no_trace(
     assert bool((momenta[0] == 3).all())
 
 
-class LooksForOldNodes(ReplayedByHand):
-    """A node that sums a parameter's gradient belongs to the stream that it was made on. One from before the
-    recording would drag that stream into it; on CUDA's default stream that breaks the capture off.
-    """
+class LooksForOlderGraphs(ReplayedByHand):
+    """Asks, where CUDA would record, what would break that off."""
 
     model: torch.nn.Module
 
     def record(self, body: Callable[[], None]) -> None:
         super().record(body)
-        self.old = []
-        for name, parameter in self.model.named_parameters():
-            node = torch.autograd.graph.get_gradient_edge(parameter).node
-            node.metadata["seen"] = True
-            del node
-            node = torch.autograd.graph.get_gradient_edge(parameter).node
-            if "seen" in node.metadata:
-                self.old.append(name)
+        self.held = held_by_an_older_graph(self.model.parameters())
 
 
-def test_nothing_from_before_the_recording_holds_on_to_the_parameters_graph() -> None:
-    step = build("cpu")
-    step._capture, step._make_graph = True, LooksForOldNodes
-    LooksForOldNodes.model = step.model
+def test_nothing_of_its_own_holds_on_to_an_older_graph_while_recording() -> None:
+    step = captured(build("cpu"), LooksForOlderGraphs)
+    LooksForOlderGraphs.model = step.model
     images, labels = dataset("cpu")
     step(images[:8], labels[:8], torch.arange(8))
-    graph = step.captured[0].graph
-    assert isinstance(graph, LooksForOldNodes) and graph.old == []
+    assert step.captured[0].graph.held is False  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_still_referenced_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    step = captured(build("cpu"))
+    images, labels = dataset("cpu")
+    kept = [p.square().sum() for p in step.model.parameters()][-1]
+    with caplog.at_level(logging.WARNING):
+        step(images[:8], labels[:8], torch.arange(8))
+    assert "training without a CUDA graph: a loss or an output of the model" in caplog.text
+    assert not step.captured
+    assert kept.requires_grad
 
 
 @pytest.mark.gpu
