@@ -50,7 +50,9 @@ echo "oldest stack, compiled for GPUs that are not here"
 env -u TRITON_INTERPRET "$venv/bin/python" -m arat_fast.benchmarks.compile_only --target sm_80 --target sm_90 \
     --target gfx942 | tail -n 1
 if command -v c++ >/dev/null; then
-    echo "oldest stack, whole iterations compiled for a GPU that is not here"
-    env -u TRITON_INTERPRET "$venv/bin/python" scripts/gpuless_iteration.py arat-cifar10-resnet18 trades-cifar10-resnet18 \
-        lbgat-cifar10-resnet18 emr-mart-cifar10-resnet18
+    echo "oldest stack, whole iterations compiled, captured and replayed on a GPU that is not here"
+    env -u TRITON_INTERPRET "$venv/bin/python" scripts/pretend_gpu scripts/pretend_gpu/check_launches.py \
+        arat-cifar10-resnet18 trades-cifar10-resnet18 lbgat-cifar10-resnet18 emr-mart-cifar10-resnet18
+    echo "oldest stack, captured training and uncaptured there, every method"
+    env -u TRITON_INTERPRET "$venv/bin/python" scripts/pretend_gpu --numbers scripts/pretend_gpu/check_methods.py
 fi
