@@ -49,14 +49,13 @@ class CudaGraph:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """A stream of its own, as PyTorch asks for before a capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        """The stream of the recording, which PyTorch asks to be warm: cuBLAS keeps 64 MiB a stream on Hopper."""
+        self.stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self.stream):
                 yield
         finally:  # what an iteration that failed left running there, the restoring copies too
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, body: Callable[[], None]) -> None:
         """Capture into a private memory pool; what other threads do (a loader's) does not break it off.
