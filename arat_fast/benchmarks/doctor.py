@@ -24,7 +24,7 @@ from arat_fast.benchmarks.conditions import conditions
 from arat_fast.benchmarks.profiling import Profile, format_profile, profiled
 from arat_fast.benchmarks.timing import seconds_of, synchronise
 from arat_fast.config import load_recipe, validated
-from arat_fast.errors import UserError
+from arat_fast.errors import TrainingError, UserError
 from arat_fast.evaluation.record import check_writable, write_json
 from arat_fast.loaders import sources
 from arat_fast.loaders.stream import Batch
@@ -169,7 +169,10 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
             iterate()
         seconds = statistics.median(seconds_of(iterate, trainer.device) for _ in range(options.repeats))
         attack = _attack_share(trainer, batch, seconds, options.repeats)
-        profile = profiled(iterate, trainer.device)
+        try:
+            profile = profiled(iterate, trainer.device)
+        except RuntimeError as error:
+            raise TrainingError(f"no profile, on which the findings rest: {error}") from error
         ceilings = measure_ceilings(trainer.device)
     count = len(batch.labels)
     appetite = count / seconds

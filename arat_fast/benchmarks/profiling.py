@@ -129,7 +129,10 @@ def of_trace(events: Sequence[Mapping[str, Any]], iterations: int) -> Profile:
     """The profile of a Chrome trace's events: kernels, and the calls that launched them."""
     device = [e for e in events if e.get("cat") in ON_DEVICE]
     if not device:
-        raise RuntimeError("the profiler's trace holds no kernel: is CUPTI there, and the process permitted?")
+        raise RuntimeError(
+            "the profiler's trace holds no kernel: is CUPTI there, and may this process profile? (a container "
+            "may need --cap-add SYS_ADMIN, the driver NVreg_RestrictProfilingToAdminUsers=0)"
+        )
     spans = [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in device]
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
     entries = [(str(e["name"]), kind_of([str(e["name"])]), float(e["dur"]) * 1e-6) for e in device]

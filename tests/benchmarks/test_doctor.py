@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from arat_fast import cli
+from arat_fast.benchmarks import doctor
 from arat_fast.benchmarks.doctor import REMEDIES, findings, main
-from arat_fast.benchmarks.profiling import KINDS, Profile
+from arat_fast.benchmarks.profiling import KINDS, Profile, of_trace
 
 
 def profile(**changes: object) -> Profile:
@@ -54,3 +56,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert record["figures"]["loader_images_per_second"] > record["figures"]["iteration_images_per_second"]
     assert 0 < record["figures"]["attack_share"] < 1.5
     assert record["findings"][0]["what"] in {*KINDS, "other", "host"}
+
+
+def test_a_profiler_that_sees_nothing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> Profile:
+        return of_trace([], 3)
+
+    monkeypatch.setattr(doctor, "profiled", fail)
+    arguments = ["--config", "digits", "--limit-train", "32", "--batch-size", "16", "--repeats", "1"]
+    assert cli.main(["bench", "doctor", *arguments]) == 1
+    assert "no profile, on which the findings rest" in capsys.readouterr().err
