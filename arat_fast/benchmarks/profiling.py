@@ -130,8 +130,8 @@ def of_trace(events: Sequence[Mapping[str, Any]], iterations: int) -> Profile:
     device = [e for e in events if e.get("cat") in ON_DEVICE]
     if not device:
         raise RuntimeError(
-            "the profiler's trace holds no kernel: is CUPTI there, and may this process profile? (a container "
-            "may need --cap-add SYS_ADMIN, the driver NVreg_RestrictProfilingToAdminUsers=0)"
+            "the profiler's trace holds no kernel: is CUPTI there, and may this process profile? (a "
+            "container may need --cap-add SYS_ADMIN, the driver NVreg_RestrictProfilingToAdminUsers=0)"
         )
     spans = [(float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in device]
     wall = max(end for _, end in spans) - min(start for start, _ in spans)

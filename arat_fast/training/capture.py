@@ -49,7 +49,7 @@ class CudaGraph:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """The stream of the recording, which PyTorch asks to be warm: cuBLAS keeps 64 MiB a stream on Hopper."""
+        """The stream of the recording: of each that it has seen cuBLAS keeps 64 MiB on Hopper."""
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):
