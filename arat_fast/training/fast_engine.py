@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -69,6 +70,8 @@ class FastEngine:
         precision = resolve_precision(config.precision, device)
         if device.type == "cuda":
             set_float32_products(precision)
+            # Inductor advises TF32 for float32 products; predictors and losses are float32 on purpose.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         self.step = TrainStep(
             self.network,
             self.method,
