@@ -189,11 +189,15 @@ def held_by_an_older_graph(parameters: Iterable[Tensor]) -> bool:
     As long as it is, so is the node that sums the parameter's gradient, and that belongs to the stream on
     which it was made. Backward would make CUDA's default stream wait for the recording, which breaks it off.
     """
+
+    def notes(parameter: Tensor) -> Any:  # which are gone with the node, where nothing else holds it
+        return torch.autograd.graph.get_gradient_edge(parameter).node.metadata
+
     mark = "arat_fast: before the recording"
     for parameter in parameters:
         if parameter.requires_grad:
-            torch.autograd.graph.get_gradient_edge(parameter).node.metadata[mark] = True  # gone with the node
-            if torch.autograd.graph.get_gradient_edge(parameter).node.metadata.pop(mark, False):
+            notes(parameter)[mark] = True
+            if notes(parameter).pop(mark, False):
                 return True
     return False
 
