@@ -506,8 +506,11 @@ NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuCtxSetLimit)
 NOTHING(cuCtxGetLimit) NOTHING(cuLaunchCooperativeKernel) NOTHING(cuLinkAddData_v2) NOTHING(cuLinkComplete)
 NOTHING(cuLinkCreate_v2) NOTHING(cuModuleLoadDataEx) NOTHING(cuOccupancyMaxActiveBlocksPerMultiprocessor)
 API int cuGetErrorString(int error, const char** text) { return *text = cudaGetErrorName((Error)error), 0; }
-API int cuModuleLoadData(void** module, const void* image) { return *module = &context, memcmp(image, "\x7f" "ELF", 4) ? 200 : 0; }
-API int cuModuleLoad(void** module, const char*) { return *module = &context, 0; }
+API int cuModuleLoadData(void** module, const void* image) {
+    *module = &context;
+    return memcmp(image, "\x7f" "ELF", 4) ? 200 : forbidden("cuModuleLoadData");  // warm-up should have loaded every kernel
+}
+API int cuModuleLoad(void** module, const char*) { return *module = &context, forbidden("cuModuleLoad"); }
 API int cuModuleUnload(void*) { return 0; }
 API int cuModuleGetFunction(void** function, void*, const char* name) { return *function = new Function{name}, 0; }
 API int cuOccupancyMaxActiveClusters(int* n, void*, void*) { return *n = 16, 0; }
