@@ -27,6 +27,7 @@ CASES = {
     name: ["--method", name, "--mail.start-epoch", "2", "--lbgat.teacher", "resnet8"] for name in METHODS
 }
 CASES |= {f"emr-{name}": [*CASES[name], "--emr.coefficient", "0.02"] for name in ("at", "mail-at", "arat")}
+CASES["arrest"] = ["--method", "arrest", "--arrest.teacher", "TEACHER"]  # trained beside it
 CASES |= {
     "naive": ["--arat.invariance", "symmetric", "--arat.no-predictor", "--arat.no-split-bn"],
     "running statistics": ["--method", "at", "--attack.bn", "running"],
@@ -89,10 +90,14 @@ def main() -> int:
     failed = False
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            graph = train(Path(folder, "graph"), *CASES[name])
-            found = {"uncaptured": train(Path(folder, "plain"), "--no-capture", *CASES[name])}
+            teacher = Path(folder, "teacher")
+            if "TEACHER" in CASES[name]:
+                train(teacher, *CASES["standard"])
+            arguments = [str(teacher) if each == "TEACHER" else each for each in CASES[name]]
+            graph = train(Path(folder, "graph"), *arguments)
+            found = {"uncaptured": train(Path(folder, "plain"), "--no-capture", *arguments)}
             if name == "arat":
-                found["resumed"] = train(Path(folder, "resumed"), *CASES[name], stop_at=5)
+                found["resumed"] = train(Path(folder, "resumed"), *arguments, stop_at=5)
         different = [how for how, run in found.items() if not equal(graph, run)]
         failed = failed or bool(different)
         print(f"{name}: {'DIFFERENT ' + ', '.join(different) if different else 'the same'}", flush=True)
