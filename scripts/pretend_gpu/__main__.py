@@ -4,9 +4,9 @@
     python scripts/pretend_gpu [--numbers] program.py ARGUMENTS
 
 Needs a torch built for CUDA 13 with NVIDIA's wheels beside it, and a C++ compiler; no GPU, no driver.
-`cuda.cpp` stands in for CUDA: PyTorch's allocator, streams and captures, Triton's and Inductor's launchers
-and cuDNN's front end are the real ones, memory is the host's, and kernels do nothing. What a capture would
-not survive on a GPU fails here too.
+`runtime.cpp` and `libraries.cpp` stand in for CUDA: PyTorch's allocator, streams and captures, Triton's and
+Inductor's launchers and cuDNN's front end are the real ones, memory is the host's, and kernels do nothing.
+What a capture would not survive on a GPU fails here too.
 
 --numbers: every operator is computed, by PyTorch on the CPU in the same memory, when it is called or when the
 graph that recorded it is replayed (`computed.py`). Not what torch.compile makes of them, so that is off.
@@ -54,7 +54,8 @@ def build(folder: Path, include: Path) -> None:
     (folder / "crt").mkdir()
     (folder / "crt" / "host_defines.h").write_text(HOST_DEFINES)
     flags = f"-w -std=c++17 -O1 -shared -fPIC -I{folder} -I{include} -Wl,-soname,libcuda.so.1 -ldl -lpthread"
-    subprocess.run(["c++", HERE / "cuda.cpp", "-o", folder / "libcuda.so.1", *flags.split()], check=True)
+    sources = HERE / "runtime.cpp", HERE / "libraries.cpp"
+    subprocess.run(["c++", *sources, "-o", folder / "libcuda.so.1", *flags.split()], check=True)
 
 
 def main() -> int:
