@@ -18,6 +18,7 @@ import pytest
 import torch
 import triton
 from exactness import Canary
+from launch_checks import watch_launches
 
 from arat_fast.kernels.dispatch import INTERPRETING
 
@@ -62,6 +63,9 @@ def _repair_interpreter() -> None:
 
 if INTERPRETING:
     _repair_interpreter()
+    watch_launches()
+    # Memory is NaN (integers: the largest) until written: what a kernel leaves out is seen in its result.
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 _cuda = pytest.param(
     "cuda",
