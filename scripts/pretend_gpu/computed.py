@@ -22,6 +22,7 @@ LEFT = {aten.detach, aten._local_scalar_dense, aten.record_stream, aten.is_pinne
 LEFT |= {torch.ops.prim.device}
 ALLOCATE = ("aten.empty", "aten.new_empty", "aten.set_", "aten.resize_")
 VALUES_SHAPE_THEM = (aten.nonzero, aten.masked_select, aten._unique2, aten.equal)
+MASKS_SHAPE_THEM = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 recording: list[Callable[[], None]] | None = None
 
@@ -70,6 +71,13 @@ def _store(results: list[Any], places: list[Any]) -> None:
             place.copy_(pack_bits(y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]) > 0))
 
 
+def shaped_by_values(func: Any, args: Any) -> bool:
+    """Whether CUDA's implementation reads, half-way, how large its result is: here no kernel has counted."""
+    if func.overloadpacket in MASKS_SHAPE_THEM:
+        return any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return func.overloadpacket in VALUES_SHAPE_THEM
+
+
 class Computed(TorchDispatchMode):
     """Calls every operator twice: on CUDA, which allocates and launches, and on the CPU, which computes."""
 
@@ -77,8 +85,10 @@ class Computed(TorchDispatchMode):
         kwargs = kwargs or {}
         given = tree_leaves((args, kwargs))
         on_gpu = any(isinstance(t, Tensor) and t.is_cuda for t in given)
-        if on_gpu and func.overloadpacket in VALUES_SHAPE_THEM:
+        if on_gpu and shaped_by_values(func, args):
             found = func(*tree_map(in_host_memory, args), **tree_map(in_host_memory, kwargs))
+            if func._schema.is_mutable:
+                return args[0]  # changed, in the same memory
             return tree_map(lambda t: t.cuda() if isinstance(t, Tensor) else t, found)
         generators = [g for g in given if isinstance(g, torch.Generator) and g.device.type == "cuda"]
         seeds = [hash((g.initial_seed(), 0 if recording is not None else g.get_offset())) for g in generators]
