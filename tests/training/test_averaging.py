@@ -64,6 +64,7 @@ def test_recalibrated_statistics_equal_a_direct_computation() -> None:
     net.eval()
     net.layer1.train()
     modes = [m.training for m in net.modules()]
+    net.bn1.adv.running_mean.fill_(torch.nan)  # what was there does not count
 
     recalibrate(net, batches)
 
@@ -127,6 +128,13 @@ def test_images_to_recalibrate_by_are_attacked_as_the_run_attacks(method: str, a
         delta = (expected + attack.alpha * g.sign() - centre).clamp(-attack.eps, attack.eps)
         expected = (centre + delta).clamp(0, 1).detach()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_images_to_recalibrate_ordinary_training_by_are_clean() -> None:
+    x, y = torch.rand(6, 3, 8, 8).round(), torch.arange(6)
+    config = TrainConfig(method="standard")
+    (found,) = adversarial_images(config, network(), [Batch(x, y, torch.arange(6))], 4)
+    assert torch.equal(found, x)
 
 
 @pytest.mark.parametrize("engine", ["fast", "reference"])

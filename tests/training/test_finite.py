@@ -42,13 +42,14 @@ def test_guard_undoes_the_bad_step_and_all_that_follow() -> None:
     assert statistic.tolist() == [1, 1]
 
 
-def test_guard_sees_weights_that_a_finite_loss_spoiled() -> None:
+@pytest.mark.parametrize("step", [0, 3])
+def test_guard_sees_weights_that_a_finite_loss_spoiled(step: int) -> None:
     weight = torch.zeros(3)
     guard = FiniteGuard([weight], [])
     guard.before()
     weight[0] = torch.nan
-    guard.after([torch.tensor(1.0)], 3)
-    assert guard.failure(["loss"]) == (3, "weights")
+    guard.after([torch.tensor(1.0)], step)
+    assert guard.failure(["loss"]) == (step, "weights")
     assert weight.tolist() == [0, 0, 0]
 
 
