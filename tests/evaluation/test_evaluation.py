@@ -86,8 +86,14 @@ def test_more_restarts_and_a_larger_ball_never_help_the_defender(
 
 
 def test_binomial_error() -> None:
+    """An end of the interval is the probability that lies 1.96 of its own standard errors away."""
     assert binomial_error(0.5, 1000) == pytest.approx(0.031, abs=1e-3)
-    assert binomial_error(1.0, 10) == 0
+    for correct, count in [(0, 200), (1, 200), (50, 200), (85, 100), (9, 10), (10, 10)]:
+        accuracy = correct / count
+        error = binomial_error(accuracy, count)
+        end = accuracy + error if accuracy < 0.5 else accuracy - error
+        assert error == pytest.approx(1.96 * math.sqrt(end * (1 - end) / count))
+        assert binomial_error(1 - accuracy, count) == pytest.approx(error)
 
 
 @pytest.mark.slow
@@ -194,7 +200,7 @@ def test_a_record_holds_what_is_needed_to_quote_it(
     assert (figure["n"], figure["restarts"], figure["steps"], figure["norm"]) == (50, 2, 3, "Linf")
     p = figure["correct"] / 50
     assert figure["accuracy"] == pytest.approx(p)
-    assert figure["error_95"] == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 50))
+    assert figure["error_95"] == binomial_error(p, 50)
     assert summary(record) == {
         "clean": record["figures"]["clean"]["accuracy"],
         "clean_branch": record["figures"]["clean_branch"]["accuracy"],
