@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from arat_fast.config import TrainConfig
 from arat_fast.errors import TrainingError, UserError
 from arat_fast.evaluation import autoattack as autoattack_module
 from arat_fast.evaluation import results as results_module
-from arat_fast.evaluation.accuracy import clean_correct, pgd_correct
+from arat_fast.evaluation.accuracy import batches, clean_correct, pgd_correct
 from arat_fast.evaluation.autoattack import autoattack_correct
 from arat_fast.evaluation.network import load_run
 from arat_fast.evaluation.options import EvaluationOptions, check_attacks
@@ -76,13 +77,28 @@ def test_more_restarts_and_a_larger_ball_never_help_the_defender(
     network, data = load_run(trained, CPU).network, digits[1].first(100)
     one = pgd_correct(network, data, **EPS, steps=10, device=CPU)
     three = pgd_correct(network, data, **EPS, steps=10, restarts=3, device=CPU)
-    wide = pgd_correct(network, data, eps=0.4, alpha=0.1, steps=10, device=CPU)
+    finished: list[int] = []
+    batched = {"batch_size": 30, "progress": finished.append}
+    wide = pgd_correct(network, data, eps=0.4, alpha=0.1, steps=10, device=CPU, **batched)
+    assert finished == [30, 30, 30, 10]
     margin = pgd_correct(network, data, **EPS, steps=10, loss="margin", device=CPU)
     assert not (three & ~one).any()
     assert wide.sum() <= one.sum() < clean_correct(network, data, device=CPU).sum()
     assert abs(int(margin.sum()) - int(one.sum())) < 20
     again = pgd_correct(network, data, **EPS, steps=10, device=CPU)
     assert torch.equal(one, again)
+
+
+def test_images_are_given_in_the_pixel_range() -> None:
+    images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    data = ImageSet(images, np.arange(4), 10, "levels")
+    found = list(batches(data, 3, CPU))
+    assert [(offset, len(x), labels.tolist()) for offset, x, labels in found] == [
+        (0, 3, [0, 1, 2]),
+        (3, 1, [3]),
+    ]
+    given = torch.cat([x for _, x, _ in found])
+    assert torch.equal(given, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
 
 
 def test_binomial_error() -> None:
@@ -98,11 +114,18 @@ def test_binomial_error() -> None:
 
 @pytest.mark.slow
 def test_autoattack_is_at_least_as_strong_as_pgd_and_resumes(
-    trained: Path, digits: tuple[ImageSet, ImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    digits: tuple[ImageSet, ImageSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     network, data = load_run(trained, CPU).network, digits[1].first(40)
     options = {"eps": 0.12, "iterations": 10, "queries": 100, "device": CPU}
-    robust = autoattack_correct(network, data, **options)
+    with caplog.at_level(logging.INFO):
+        robust = autoattack_correct(network, data, **options)
+    assert len(caplog.messages) == 4
+    assert all(message.startswith("AutoAttack: robust accuracy after ") for message in caplog.messages)
     pgd = pgd_correct(network, data, **EPS, steps=20, device=CPU)
     assert int(robust.sum()) <= int(pgd.sum()) + 1
     assert 0 < int(robust.sum()) < 40
@@ -155,9 +178,13 @@ def test_autoattack_iterations_reach_every_part(
 
     monkeypatch.setattr(AutoAttack, "run_standard_evaluation", stop)
     network, data = load_run(trained, CPU).network, digits[1].first(4)
-    for iterations, second in ((autoattack_module.OFFICIAL_ITERATIONS, 22), (10, 2)):
+    logger = logging.getLogger("auto-attack")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    paper = {"iterations": autoattack_module.PAPER_ITERATIONS}
+    for options, iterations, second in (({}, 100, 22), (paper, 10, 2)):
         with pytest.raises(KeyboardInterrupt):
-            autoattack_correct(network, data, eps=0.1, iterations=iterations, device=CPU)
+            autoattack_correct(network, data, eps=0.1, device=CPU, **options)
+        assert (logger.level, logger.propagate, list(logger.handlers)) == before
         assert seen == {
             "apgd": (iterations, second, 1),
             "targeted": (iterations, 9),
