@@ -181,6 +181,9 @@ def _guarded(ffcv: Any, compiler: Any) -> Runtime:
 
         def run(self) -> None:
             """FFCV's loop; whatever ends it, the reader learns of it."""
+            if self.cuda_streams[0] is not None:
+                # A thread begins with GPU 0, where it would make a context for nothing.
+                torch.cuda.set_device(self.cuda_streams[0].device)
             self.output_queue: Any = _Stoppable(self.output_queue, self.terminate_event)
             try:
                 super().run()  # posts None itself at the end of the epoch
@@ -213,7 +216,10 @@ def _guarded(ffcv: Any, compiler: Any) -> Runtime:
                 raise
 
         def close(self) -> None:
-            """End the thread and wait for it. May be called again."""
+            """End the thread and wait for it, and for its last copy: its buffers are free then.
+
+            May be called again.
+            """
             self.ended = True
             self.terminate_event.set()
             if not self.released:
@@ -221,6 +227,9 @@ def _guarded(ffcv: Any, compiler: Any) -> Runtime:
                 self.memory_context.__exit__(None, None, None)
             if self.is_alive() and self is not threading.current_thread():
                 self.join()
+            for stream in self.cuda_streams:
+                if stream is not None:
+                    stream.synchronize()
 
         def __del__(self) -> None:
             with contextlib.suppress(Exception):

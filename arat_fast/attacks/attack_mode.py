@@ -52,20 +52,24 @@ def attack_mode(
 def weights_without_gradients(
     model: nn.Module, half: torch.dtype | None = None, copy_buffers: bool = False
 ) -> dict[str, Tensor]:
-    """The model's parameters by name, detached, for `torch.func.functional_call`.
+    """The model's parameters by name, detached, for `torch.func.functional_call` with tie_weights=False.
 
     No weight gradient can be computed from them, and convolutions keep no input for one. half: cast the
     fp32 weights of convolutions and linear layers to it. copy_buffers: also the buffers, as copies, so that
     what a forward does to statistics is lost.
     """
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if half is not None:
-        for path, module in model.named_modules():
-            if type(module) in _CAST:
-                for entry in ("weight", "bias"):
-                    name = f"{path}.{entry}" if path else entry
-                    if name in tensors and tensors[name].dtype is torch.float32:
-                        tensors[name] = tensors[name].to(half)
-    if copy_buffers:
-        tensors |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    tensors: dict[str, Tensor] = {}
+    made: dict[tuple[int, torch.dtype], Tensor] = {}  # tied ones stay one
+    # Each module under one name: given two, functional_call would leave its own tensors in the module.
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            dtype = parameter.dtype
+            if half is not None and type(module) in _CAST and dtype is torch.float32:
+                dtype = half
+            tensors[prefix + name] = made.setdefault((id(parameter), dtype), parameter.detach().to(dtype))
+        if copy_buffers:
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                copy = made.setdefault((id(buffer), buffer.dtype), buffer.detach().clone())
+                tensors[prefix + name] = copy
     return tensors

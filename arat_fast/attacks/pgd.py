@@ -229,7 +229,7 @@ class PGD:
         dtype = torch.float32  # autocast casts where it should: normalisation inside the model stays in fp32
         if self.precision != "bf16":
             dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), x.dtype)
-        output = functional_call(self.model, weights, (x.to(dtype),))
+        output = functional_call(self.model, weights, (x.to(dtype),), tie_weights=False)
         logits = logits_of(output, len(x))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -50,6 +50,8 @@ class BranchState:
     """
 
     def __init__(self, branches: Sequence[str]) -> None:
+        if isinstance(branches, str):
+            raise TypeError(f"branches is {branches!r}; expected names in a tuple, such as ({branches!r},)")
         if not branches or len(set(branches)) != len(branches) or BOTH in branches:
             raise ValueError(f"branches is {tuple(branches)}; expected different names other than {BOTH!r}")
         self.branches = tuple(branches)

@@ -59,8 +59,7 @@ class FoldedModel:
             split BN.
 
     Raises:
-        ValueError: nothing can be folded, or the twin's output differs (a convolution's output is used
-            elsewhere too).
+        ValueError: the twin's output differs (a convolution's output is used elsewhere too).
     """
 
     def __init__(self, model: nn.Module, branch: str | None, example: Tensor) -> None:
@@ -84,8 +83,6 @@ class FoldedModel:
         with torch.no_grad():
             before = self.module(example)
             pairs = foldable(self.module, example)
-        if not pairs:
-            raise ValueError("no BatchNorm directly follows a convolution; expected at least one to fold")
         self._folds = [self._fold(model, conv, bn) for conv, bn in pairs]
         self.refresh()
         with torch.no_grad():
@@ -122,6 +119,8 @@ class FoldedModel:
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold again from the model's weights and statistics of now. No synchronisation; can be captured."""
+        if not self._folds:
+            return
         scales = list(torch._foreach_add(self._rows("running_var"), [fold.eps for fold in self._folds]))
         torch._foreach_rsqrt_(scales)
         torch._foreach_mul_(scales, self._rows("weight"))

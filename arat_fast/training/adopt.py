@@ -62,8 +62,8 @@ class OwnData:
 class LoaderStream:
     """A user's DataLoader as a stream: float images (N, C, H, W) in [0, 1] and int64 labels.
 
-    Each epoch starts from a seed of its own, so that a loader that shuffles by torch's generator gives the
-    same batches after a restart, for as long as it draws nothing else from it.
+    Each epoch starts from a seed of its own, so that a loader that shuffles by torch's generator, or one that
+    it was given, gives the same batches after a restart, for as long as it draws nothing else from it.
     """
 
     def __init__(self, loader: Loader, seed: int, device: torch.device, num_classes: int) -> None:
@@ -85,8 +85,11 @@ class LoaderStream:
             set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(epoch)
+            for generator in _generators(self.loader):
+                generator.manual_seed(counter_seed(self.seed, epoch))
             batches = iter(self.loader)
-        for images, labels in itertools.islice(batches, first_batch, None):
+            head = list(itertools.islice(batches, 1))  # a sampler shuffles when it is first asked
+        for images, labels in itertools.islice(itertools.chain(head, batches), first_batch, None):
             check_batch(images, labels)
             if not labels.is_cuda:  # on the host the look costs nothing
                 check_range(labels, self.num_classes)
@@ -95,6 +98,13 @@ class LoaderStream:
                 labels.to(self.device, non_blocking=True),
                 torch.empty(0, dtype=torch.int64),
             )
+
+
+def _generators(loader: object) -> list[torch.Generator]:
+    """Those that a DataLoader and its sampler were given."""
+    sampler = getattr(loader, "sampler", None)
+    found = [getattr(owner, "generator", None) for owner in (loader, sampler)]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def check_batch(images: object, labels: object) -> None:

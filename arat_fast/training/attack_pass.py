@@ -142,7 +142,8 @@ class AttackPass:
             if self.dtype is torch.float16:
                 loss = loss * _FP16_SCALE
             (gradient,) = torch.autograd.grad(loss, at)
-        return gradient
+        # A model that begins with a reshape or a linear layer gives another layout.
+        return gradient.contiguous(memory_format=torch.channels_last)
 
     def _logits(self, x: Tensor) -> Tensor:
         with self.autocast():

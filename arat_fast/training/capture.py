@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -60,8 +60,8 @@ class CudaGraph:
     def record(self, body: Callable[[], None]) -> None:
         """Capture into a private memory pool; what other threads do (a loader's) does not break it off.
 
-        After a failure the process is as before: PyTorch would leave the stream and the random numbers in
-        the capture.
+        After a failure the process is as before: PyTorch would leave the stream, the random numbers and the
+        allocator, which then frees nothing, in the capture.
         """
         collects = gc.isenabled()
         gc.disable()  # freeing a dead iteration's graph on the way would break this one off
@@ -74,8 +74,12 @@ class CudaGraph:
             ):
                 body()
         except BaseException:
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            device = torch.cuda.current_device()
+            generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
+            with suppress(RuntimeError):  # where CUDA broke it off, the allocator is still in the capture
+                torch._C._cuda_endAllocateToPool(device, self.pool)  # raises where it is not
+                torch._C._cuda_releasePool(device, self.pool)
             raise
         finally:
             if collects:

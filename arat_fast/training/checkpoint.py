@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from arat_fast.errors import TrainingError, UserError
 
@@ -17,6 +18,20 @@ ENTRIES = (
     *("config", "image_shape", "num_classes", "training_images", "method", "optimizer", "averages"),
     *("epoch", "batch", "sums", "images_seen", "seconds", "best_accuracy", "balance", "recalibrated", "seed"),
 )
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's default generators, which dropout draws from: the CPU's, and a GPU's of `device`."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def restore_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_state` gave, as far as it fits the device."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -124,6 +124,20 @@ def leave_world() -> None:
         time.sleep(_LAST_WORK)
 
 
+@torch.no_grad()
+def start_alike(world: World, *modules: nn.Module) -> None:
+    """Give every process rank 0's weights and buffers.
+
+    DistributedDataParallel does so with the modules that it wraps, which may be copies in a low precision.
+    """
+    if world.group is None:
+        return
+    for tensor in (t for module in modules for t in (*module.parameters(), *module.buffers())):
+        sent = tensor.contiguous()
+        dist.broadcast(sent, 0, group=world.group)
+        tensor.copy_(sent)
+
+
 class _TrainingPass(nn.Module):
     """A training forward as a module, which is what DistributedDataParallel wraps."""
 
@@ -142,8 +156,6 @@ def averaged_over_ranks(
     """A module called as `(forward, *inputs)`, whose backward averages gradients over the processes.
 
     None with one process.
-
-    Starts every process from rank 0's weights and buffers.
     """
     if world.group is None:
         return None

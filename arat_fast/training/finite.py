@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from arat_fast.kernels.multi_copy import CopyWhere
@@ -20,7 +21,14 @@ class FiniteGuard:
     weights, under 1 % of a ten-step attack's traffic.
     """
 
-    def __init__(self, weights: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        others: Sequence[Tensor],
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`group`: of processes that undo a step together, whichever of them it failed in."""
+        self.group = group
         self.weights = list(weights)
         self.guarded = [*self.weights, *others]
         self.copies = [torch.empty_like(t) for t in self.guarded]
@@ -47,6 +55,10 @@ class FiniteGuard:
         """
         norms = torch.stack(torch._foreach_norm([w.float() for w in self.weights]))
         bad = ~torch.isfinite(torch.stack([*(t.float() for t in terms), norms.sum()]))
+        if self.group is not None:
+            anywhere = bad.int()
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.group)
+            bad = anywhere.bool()
         first = self.step.lt(0) & bad.any()
         self.term.copy_(torch.where(first, bad.int().argmax(), self.term))
         self.step.copy_(torch.where(first, step, self.step))

@@ -89,11 +89,15 @@ class LowPrecisionTwin:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the master weights, one foreach call; modes and requires_grad as the model's are now."""
+        """Cast the master weights, one foreach call; modes and requires_grad as the model's are now.
+
+        Gradients that an iteration which failed has left are dropped.
+        """
         for layer, model in self._copies:
             if layer.training != model.training:
                 layer.training = model.training
         for low, master in zip(self._low, self._master, strict=True):
+            low.grad = None
             if low.requires_grad != master.requires_grad:
                 low.requires_grad_(master.requires_grad)
         if self._low:

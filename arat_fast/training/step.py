@@ -22,7 +22,7 @@ from arat_fast.config import AttackConfig, checked_attack, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.kernels.dispatch import on_device
 from arat_fast.methods.base import Method, Outputs
-from arat_fast.nn import bn_mode, use_branch
+from arat_fast.nn import SplitBatchNorm2d, bn_mode, use_branch
 from arat_fast.training.algorithm_search import algorithm_search
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import (
@@ -35,7 +35,7 @@ from arat_fast.training.capture import (
     make_capturable,
 )
 from arat_fast.training.compiled import compiled_pass, tracing
-from arat_fast.training.distributed import ALONE, World, averaged_over_ranks
+from arat_fast.training.distributed import ALONE, World, averaged_over_ranks, start_alike
 from arat_fast.training.finite import FiniteGuard, loss_terms
 from arat_fast.training.first_look import check_values, try_forward, two_images
 from arat_fast.training.momentum import start_momentum
@@ -47,7 +47,7 @@ from arat_fast.training.precision import (
     resolve_precision,
 )
 from arat_fast.training.recorded_optimizer import RecordedOptimizer
-from arat_fast.training.step_checks import check_branches, check_optimizer
+from arat_fast.training.step_checks import check_branches, check_optimizer, refuse_frozen
 from arat_fast.training.taps import TapHooks
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ class TrainStep:
         self.step, self.epoch, self.seed = (
             torch.tensor(value, dtype=torch.int64, device=self.device) for value in (0, 1, seed)
         )
+        self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | SplitBatchNorm2d)]
         self._world = world
+        start_alike(world, model, method)
         self._at = (1, 0)
         dtype = parameter.dtype if self.exact else DTYPES[self.precision]
         scaled = dtype is torch.float16
@@ -181,6 +183,7 @@ class TrainStep:
     def _call(
         self, images: Tensor, labels: Tensor, indices: Tensor | None, resident: bool, x_adv: Tensor | None
     ) -> dict[str, Tensor]:
+        refuse_frozen(self.model, self._norms)
         if not self._begun:
             self._look(images, labels)
             self._begin()
@@ -289,7 +292,7 @@ class TrainStep:
         others = [b for m in modules for b in m.buffers()]
         for values in self.optimizer.state.values():
             others += [v for v in values.values() if isinstance(v, Tensor)]
-        self.guard = FiniteGuard(weights, others)
+        self.guard = FiniteGuard(weights, others, self._world.group)
 
     def _compile_for(self, images: Tensor, labels: Tensor) -> None:
         self.attack.compile(self._joined)

@@ -27,7 +27,12 @@ from arat_fast.training.adopt import Loader, LoaderStream, OwnData, look_at
 from arat_fast.training.augmentation import augmented
 from arat_fast.training.averaging import WeightAverage, adversarial_images, recalibrate, swa_due
 from arat_fast.training.build import pick_device
-from arat_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from arat_fast.training.checkpoint import (
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
 from arat_fast.training.checks import check_counts, checked, warn_of_radius
 from arat_fast.training.directory import LAST_GOOD, RunDirectory, check_same_run
 from arat_fast.training.distributed import ALONE, World
@@ -221,6 +226,7 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "balance": self.balance,
             "seed": self.config.seed,
+            "random": random_state(self.device),
         }
 
     def _wall(self) -> float:
@@ -241,6 +247,8 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError) as error:
             first = str(error).split("\n")[0]
             raise UserError(f"{self.directory.last} does not fit this run's network: {first}") from None
+        if self.world.size == 1:  # another process drew other numbers
+            restore_random_state(state.get("random", {}), self.device)
         for name in (
             "epoch",
             "batch",
@@ -312,6 +320,7 @@ class Trainer:
                 self._iterate(batch)
                 bar.update()
                 if self._must_stop(signals) and self.batch < len(self.stream):
+                    self._synchronise()
                     self.seconds += time.perf_counter() - started
                     self._stop(signals.received or signal.SIGTERM)
         self._synchronise()
@@ -372,9 +381,10 @@ class Trainer:
         if self.world.is_main:
             save_checkpoint(path, self.state_dict())
         self.world.barrier()
+        done = (epoch - 1) * len(self.stream) + batch
         raise TrainingError(
-            f"{what} is not finite at step {step} (epoch {epoch}, batch {batch + 1}); the weights before it "
-            f"are in {path}. Lower --learning-rate, or check the data"
+            f"{what} is not finite in iteration {done + 1} (epoch {epoch}, batch {batch + 1}); the weights "
+            f"before it are in {path}. Lower --learning-rate, or check the data"
         )
 
     def _stop(self, number: int) -> None:

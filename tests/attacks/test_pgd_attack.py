@@ -224,6 +224,43 @@ def test_of_a_data_parallel_model() -> None:
     torch.testing.assert_close(inside(x, y), expected, rtol=0, atol=0)
 
 
+class Aliased(nn.Module):
+    """A classifier under two names, a layer run twice, and weights tied between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.body = nn.Sequential(self.conv, self.bn, nn.ReLU(), self.conv)
+        self.head = nn.Linear(3, 6)
+        self.fc, self.tied = self.head, nn.Linear(3, 6)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.body(x).mean((2, 3))
+        return self.fc(pooled) + self.tied(pooled)
+
+
+@pytest.mark.parametrize("bn", ["running", "batch"])
+def test_modules_under_two_names_stay_what_they_were(bn: Any) -> None:
+    torch.manual_seed(0)
+    model = Aliased().double()
+    x, y = batch()
+    parameters, statistics = dict(model.named_parameters()), model.bn.running_mean.clone()
+    found = PGD(model, steps=2, bn=bn, random_start=False)(x, y)
+    assert dict(model.named_parameters()) == parameters  # Parameters compare by identity
+    assert all(p.requires_grad and isinstance(p, nn.Parameter) for p in model.parameters())
+    assert model.head is model.fc
+    assert model.tied.weight is model.head.weight
+    assert torch.equal(model.bn.running_mean, statistics)
+    model.train(bn == "batch")
+    expected = x
+    for _ in range(2):
+        at = expected.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(at), y), at)
+        expected = (expected + 2 / 255 * gradient.sign()).clamp(x - 8 / 255, x + 8 / 255).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_own_losses() -> None:
     _, ours = networks()
     x, y = batch()

@@ -124,14 +124,20 @@ class Twice(nn.Module):
         return self.bn(out) + out
 
 
-def test_what_cannot_be_folded_is_refused() -> None:
+def test_what_cannot_be_folded_stays() -> None:
     x = torch.rand(2, 3, 6, 6)
-    twice = Twice().eval()
-    nn.init.constant_(twice.bn.running_var, 3.0)
-    with pytest.raises(ValueError, match="no BatchNorm directly follows"):
-        FoldedModel(twice, None, x)
-    with pytest.raises(ValueError, match="no BatchNorm directly follows"):
-        FoldedModel(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)), None, x)
+    for model in (Twice(), nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))):
+        norm = next(layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d))
+        nn.init.constant_(norm.running_var, 3.0)
+        folded = FoldedModel(model, None, x)
+        norm.running_mean.fill_(0.5)  # read as it is now
+        folded.refresh()
+        assert folded.folded == 0
+        assert torch.equal(folded.module(x), model.eval()(x))
+
+
+def test_a_wrong_branch_is_refused() -> None:
+    x = torch.rand(2, 3, 6, 6)
     split = convert_split_bn(small_model())
     with pytest.raises(ValueError, match="branch is 'both'"):
         FoldedModel(split, "both", x)

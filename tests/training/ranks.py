@@ -13,6 +13,7 @@ from test_step import images, pair, step_of
 from arat_fast.config import ARATConfig
 from arat_fast.nn import synchronise_batch_norm
 from arat_fast.training.distributed import join_world, leave_world
+from arat_fast.training.finite import FiniteGuard
 
 torch.set_num_threads(1)
 world = join_world("cpu")
@@ -48,5 +49,29 @@ for name, equal in (("conv1.weight", True), ("bn1.running_mean", False)):
     theirs = mine.clone()
     dist.broadcast(theirs, 0)
     assert torch.equal(mine, theirs) == (equal or world.rank == 0), name
+
+# Rank 0's weights are everybody's, also where low-precision copies of them are what computes.
+for precision in ("fp32", "bf16"):
+    _, ours, method = pair("resnet", ARATConfig(), torch.float32)
+    if world.rank:
+        with torch.no_grad():
+            ours.get_parameter("conv1.weight").mul_(2)
+    step = step_of(ours, method, world=world, precision=precision)
+    for _ in range(2):
+        step(x[world.rank :: world.size].float(), labels[world.rank :: world.size])
+    mine = ours.get_parameter("conv1.weight").detach()
+    theirs = mine.contiguous()
+    dist.broadcast(theirs, 0)
+    assert torch.equal(mine, theirs), precision
+
+# A step that failed in one process is undone in all.
+weight = torch.zeros(3)
+guard = FiniteGuard([weight], [], world.group)
+for number, term in ((4, 1.0), (5, float("nan") if world.rank else 1.0), (6, 1.0)):
+    guard.before()
+    weight.add_(1)
+    guard.after([torch.tensor(0.5), torch.tensor(term)], number)
+assert guard.failure(["one", "other"]) == (5, "other")
+assert weight.tolist() == [1, 1, 1]
 leave_world()
 Path(sys.argv[1], f"rank{os.environ['RANK']}").touch()

@@ -205,6 +205,14 @@ def test_a_failed_capture_leaves_the_process_as_it_was() -> None:
     assert torch.cuda.current_stream() == stream
     assert gc.isenabled() == collects
     assert bool((torch.rand(3, device="cuda") < 1).all())
+    # The allocator's too: what the capture had, and what is cached, can be given back.
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with pytest.raises(RuntimeError):
+        CudaGraph().record(lambda: print(torch.ones(1 << 26, device="cuda").sum().item()))
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
     again, out = CudaGraph(), torch.zeros(3, device="cuda")
 
     def body() -> None:

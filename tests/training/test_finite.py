@@ -89,7 +89,7 @@ def test_run_stops_and_saves_the_last_good_weights(
     monkeypatch.setattr(owner, "loss", spoiled)
     monkeypatch.setattr(Trainer, "_iterate", iterate)
     trainer = Trainer(tiny_config, digits[0], tmp_path / "run")
-    with pytest.raises(TrainingError, match=rf"{bad} is not finite at step 7 \(epoch 2, batch 2\)"):
+    with pytest.raises(TrainingError, match=rf"{bad} is not finite in iteration 5 \(epoch 2, batch 2\)"):
         trainer.run()
     good = load_checkpoint(tmp_path / "run" / "last_good.pt")["method"]
     assert all(torch.equal(good[name], value) for name, value in kept.items())
@@ -102,6 +102,6 @@ def test_a_learning_rate_that_diverges(
     tiny_config: TrainConfig, digits: tuple[ImageSet, ImageSet], tmp_path: Path
 ) -> None:
     config = dataclasses.replace(tiny_config, learning_rate=1e38)
-    with pytest.raises(TrainingError, match=r"not finite at step .* Lower --learning-rate"):
+    with pytest.raises(TrainingError, match=r"not finite in iteration .* Lower --learning-rate"):
         Trainer(config, digits[0], tmp_path / "run").run()
     assert (tmp_path / "run" / "last_good.pt").exists()
