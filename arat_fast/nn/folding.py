@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .branch_state import BOTH
 from .branches import bind_branches, bn_mode, use_branch
 from .foldable import foldable
+from .following import follow_settings
 from .fused_batch_norm import FusedBatchNorm2d
 from .split_batch_norm import SplitBatchNorm2d
 
@@ -84,6 +85,12 @@ class FoldedModel:
             before = self.module(example)
             pairs = foldable(self.module, example)
         self._folds = [self._fold(model, conv, bn) for conv, bn in pairs]
+        originals = dict(model.named_modules())
+        self._copies = [
+            (layer, originals[name])
+            for name, layer in self.module.named_modules()
+            if name in originals and not isinstance(layer, FoldedBatchNorm)
+        ]
         self.refresh()
         with torch.no_grad():
             after = self.module(example)
@@ -119,6 +126,7 @@ class FoldedModel:
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold again from the model's weights and statistics of now. No synchronisation; can be captured."""
+        follow_settings(self._copies)
         if not self._folds:
             return
         scales = list(torch._foreach_add(self._rows("running_var"), [fold.eps for fold in self._folds]))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from arat_fast.nn import SplitBatchNorm2d
 from arat_fast.nn.bf16 import bf16_pays
+from arat_fast.nn.following import follow_settings
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 DTYPES = {
@@ -43,13 +44,17 @@ _CASTABLE = (nn.Conv2d, nn.Linear, SplitBatchNorm2d)
 def can_be_cast(model: nn.Module) -> bool:
     """Whether `LowPrecisionTwin` knows every layer that holds floats.
 
-    A model with others, or with a mean and deviation of its own, runs under autocast.
+    A model with others, with a mean and deviation of its own, or with hooks of its parameters' gradients runs
+    under autocast.
     """
 
     def holds_floats(layer: nn.Module) -> bool:
         own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
         return any(tensor.is_floating_point() for tensor in own)
 
+    # Hooks of a parameter's gradient are called for its own, which the copy's weights take the place of.
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
+        return False
     return all(isinstance(layer, _CASTABLE) for layer in model.modules() if holds_floats(layer))
 
 
@@ -89,10 +94,11 @@ class LowPrecisionTwin:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the master weights, one foreach call; modes and requires_grad as the model's are now.
+        """Cast the master weights, one foreach call; take over the model's modes, settings and requires_grad.
 
         Gradients that an iteration which failed has left are dropped.
         """
+        follow_settings(self._copies)
         for layer, model in self._copies:
             if layer.training != model.training:
                 layer.training = model.training

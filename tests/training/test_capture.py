@@ -245,6 +245,27 @@ def test_an_optimizer_that_cannot_be_captured_falls_back(caplog: pytest.LogCaptu
     assert not fallen.captured
 
 
+@pytest.mark.parametrize("change", ["moved weights", "a setting"])
+def test_what_a_graph_would_not_see_is_recorded_anew(change: str) -> None:
+    step, plain = captured(build("cpu")), build("cpu")
+    images, labels = dataset("cpu")
+    rows = torch.arange(8)
+    for k in range(4):
+        if k == 2:
+            recorded = step.captured[0]
+            for model in (step.model, plain.model):
+                if change == "a setting":
+                    model.bn1.momentum = 0.5
+                else:
+                    model.linear.weight.data = model.linear.weight.data * 2
+        ours, theirs = (s(images[rows], labels[rows], rows) for s in (step, plain))
+        for name, value in theirs.items():
+            assert torch.equal(ours[name], value), name
+    assert step.captured[0] is not recorded
+    for one, other in zip(step.state(), plain.state(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_learning_rate_that_is_a_tensor_is_obeyed() -> None:
     step = captured(build("cpu"))
     images, labels = dataset("cpu")

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,6 +242,89 @@ def test_an_iteration_that_failed_leaves_no_gradient(precision: str, monkeypatch
     plain(x, y)
     for one, other in zip(failed.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Scaled(nn.Module):
+    """A temperature and a dropout rate that a training script sets on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.0)
+        self.fc, self.scale = nn.Linear(288, 4), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(torch.relu(self.bn(self.conv(x)))).flatten(1)
+        logits: Tensor = self.scale * self.fc(x)
+        return logits
+
+
+def change_scale(model: Scaled) -> None:
+    model.scale = 20.0
+
+
+def change_dropout(model: Scaled) -> None:
+    model.drop.p = 1.0
+
+
+def change_data(model: Scaled) -> None:
+    model.fc.weight.data = -5 * model.fc.weight.data
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bn", ["batch", "running"])
+@pytest.mark.parametrize("change", [change_scale, change_dropout, change_data])
+def test_what_is_set_between_calls_is_obeyed(
+    change: Callable[[Scaled], None], bn: Literal["batch", "running"], precision: str
+) -> None:
+    """By the attack and the training pass, whatever copies of the network they compute with."""
+    x, y = next(iter(loader(shuffle=False)))
+    model = convert_split_bn(Scaled(), ("adv",))
+    attack = AttackConfig(steps=2, bn=bn, start="none")
+    step = step_of(model.train(), precision, attack=attack)
+    step(x, y)
+    with torch.no_grad():
+        change(model)
+    fresh = step_of(copy.deepcopy(model), precision, attack=attack)
+    found, expected = step(x, y), fresh(x, y)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_replaced_layer_is_refused(precision: str) -> None:
+    x, y = next(iter(loader(shuffle=False)))
+    model = convert_split_bn(Scaled(), ("adv",))
+    step = step_of(model.train(), precision)
+    step(x, y)
+    model.fc = nn.Linear(288, 4)
+    with pytest.raises(ValueError, match=r"'fc' of the model was replaced .* make a new one"):
+        step(x, y)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("when", ["backward", "accumulated"])
+def test_hooks_of_gradients_are_called(when: str, precision: str) -> None:
+    """Pruned weights that a hook keeps at zero."""
+    x, y = next(iter(loader(shuffle=False)))
+    model = convert_split_bn(Scaled(), ("adv",)).train()
+    weight, mask = model.conv.weight, torch.rand(8, 3, 3, 3) > 0.5
+    with torch.no_grad():
+        weight.mul_(mask)
+    if when == "backward":
+        weight.register_hook(lambda gradient: gradient * mask)
+    else:
+
+        def prune(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            parameter.grad.mul_(mask)
+
+        weight.register_post_accumulate_grad_hook(prune)
+    step = step_of(model, precision)
+    for _ in range(2):
+        step(x, y)
+    assert not weight[~mask].any()
+    assert weight[mask].all()
 
 
 class Patches(nn.Module):
