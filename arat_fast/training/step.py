@@ -22,8 +22,7 @@ from arat_fast.config import AttackConfig, checked_attack, resolved_attack
 from arat_fast.kernels.augment import random_crop_flip
 from arat_fast.kernels.dispatch import on_device
 from arat_fast.methods.base import Method, Outputs
-from arat_fast.nn import SplitBatchNorm2d, bn_mode, use_branch
-from arat_fast.nn.following import settings
+from arat_fast.nn import bn_mode, use_branch
 from arat_fast.training.algorithm_search import algorithm_search
 from arat_fast.training.attack_pass import AttackPass
 from arat_fast.training.capture import (
@@ -39,6 +38,7 @@ from arat_fast.training.compiled import compiled_pass, tracing
 from arat_fast.training.distributed import ALONE, World, averaged_over_ranks, start_alike
 from arat_fast.training.finite import FiniteGuard, loss_terms
 from arat_fast.training.first_look import check_values, try_forward, two_images
+from arat_fast.training.model_watch import ModelWatch
 from arat_fast.training.momentum import start_momentum
 from arat_fast.training.precision import (
     DTYPES,
@@ -48,7 +48,7 @@ from arat_fast.training.precision import (
     resolve_precision,
 )
 from arat_fast.training.recorded_optimizer import RecordedOptimizer
-from arat_fast.training.step_checks import check_branches, check_optimizer, refuse_frozen
+from arat_fast.training.step_checks import check_branches, check_optimizer
 from arat_fast.training.taps import TapHooks
 
 log = logging.getLogger(__name__)
@@ -122,15 +122,7 @@ class TrainStep:
         self.step, self.epoch, self.seed = (
             torch.tensor(value, dtype=torch.int64, device=self.device) for value in (0, 1, seed)
         )
-        self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | SplitBatchNorm2d)]
-        self._parts = [
-            (own, name, part)
-            for layer in model.modules()
-            for own in (layer._modules, layer._parameters)
-            for name, part in own.items()
-        ]
-        self._layers, self._weights = list(model.modules()), list(model.parameters())
-        self._addresses: list[int] = []
+        self._watch = ModelWatch(model)
         self._world = world
         start_alike(world, model, method)
         self._at = (1, 0)
@@ -148,8 +140,7 @@ class TrainStep:
         self._make_graph: Callable[[Graph | None], Graph] = CudaGraph
         self.captured: list[CapturedIteration] = []
         self._whole = batch_size
-        self._recorded_of: tuple[object, ...] = ()  # what the captured iterations hold for
-        self._recorded_settings: list[tuple[dict[str, object], str, object]] = []
+        self._recorded_plan: tuple[str, ...] = ()
         self._recorded: RecordedOptimizer | None = None
         self._compiled_for: torch.Size | None = None
         self._compiled_forward = self._training_forward
@@ -193,15 +184,14 @@ class TrainStep:
     def _call(
         self, images: Tensor, labels: Tensor, indices: Tensor | None, resident: bool, x_adv: Tensor | None
     ) -> dict[str, Tensor]:
-        refuse_frozen(self.model, self._norms)
-        self._follow_the_model()
+        self._watch.refuse()
+        if self._watch.moved():
+            self.attack.folded = None
+            self._record_anew()
         if not self._begun:
             self._look(images, labels)
             self._begin()
-        if self.captured and (
-            self._recorded_of != self._recordable()
-            or any(own.get(name) != value for own, name, value in self._recorded_settings)
-        ):
+        if self._recorded_plan != self.method.plan or self._watch.changed():
             self._record_anew()
         if self._recorded is not None:
             self._recorded.follow()
@@ -217,32 +207,14 @@ class TrainStep:
             fitting = self._fitting(inputs)
         return self._iterate(images, labels, indices, resident) if fitting is None else fitting(inputs)
 
-    def _follow_the_model(self) -> None:
-        """Refuse layers that were replaced; let go of what was built on weights since moved (`.data =`)."""
-        for owner, name, part in self._parts:
-            if owner.get(name) is not part:
-                raise ValueError(
-                    f"{name!r} of the model was replaced after this TrainStep was made; make a new one, with "
-                    "an optimizer that holds the new parameters"
-                )
-        addresses = [weight.data_ptr() for weight in self._weights]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self.attack.folded = None
-            if self.captured:
-                self._record_anew()
-
     def _record_anew(self) -> None:
-        """The graphs are of other forwards. What could be recorded once is recorded anew."""
-        self.captured.clear()
-        self._recorded, self._capture = None, True
+        """Any graphs are of other forwards. What could be recorded once is recorded anew."""
+        if self.captured:
+            self.captured.clear()
+            self._recorded, self._capture = None, True
 
     def _fitting(self, inputs: tuple[Tensor, Tensor, Tensor | None]) -> CapturedIteration | None:
         return next((captured for captured in self.captured if captured.fits(inputs)), None)
-
-    def _recordable(self) -> tuple[object, ...]:
-        """What a replay would not see change: the method's plan, and which layers are in train mode."""
-        return self.method.plan, *(layer.training for layer in self._layers)
 
     def is_compiled(self, count: int) -> bool:
         """Whether batches of `count` images run compiled."""
@@ -352,8 +324,8 @@ class TrainStep:
             )
             self.captured.append(captured)
             self._recorded = self._recorded or RecordedOptimizer(self.optimizer)
-            self._recorded_of = self._recordable()
-            self._recorded_settings = [(vars(m), *setting) for m in self._layers for setting in settings(m)]
+            self._recorded_plan = self.method.plan
+            self._watch.remember()
             return
         except CannotCapture as refusal:
             reason = str(refusal)

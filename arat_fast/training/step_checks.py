@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -30,17 +28,6 @@ def check_optimizer(model: nn.Module, method: Method, optimizer: torch.optim.Opt
         raise ValueError(
             f"the optimizer does not hold {shown}: build it last, over [*model.parameters(), "
             "*method.parameters()]; a parameter that shall stay gets requires_grad_(False)"
-        )
-
-
-def refuse_frozen(model: nn.Module, norms: Sequence[nn.Module]) -> None:
-    """ValueError for a BatchNorm in eval mode in a model in train mode: its statistics would not stay."""
-    if model.training and not all(norm.training for norm in norms):
-        frozen = {id(norm) for norm in norms if not norm.training}
-        name = next(name for name, module in model.named_modules() if id(module) in frozen)
-        raise ValueError(
-            f"BatchNorm {name} is in eval mode in a model that trains; an iteration always normalises by the "
-            "batch and moves the statistics. Call model.train(); weights are frozen by requires_grad_(False)"
         )
 
 
