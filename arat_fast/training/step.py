@@ -187,6 +187,8 @@ class TrainStep:
         self._watch.refuse()
         if self._watch.moved():
             self.attack.folded = None
+            if self.guard is not None:
+                self._start_guard()
             self._record_anew()
         if not self._begun:
             self._look(images, labels)
@@ -296,7 +298,9 @@ class TrainStep:
         others = [b for m in modules for b in m.buffers()]
         for values in self.optimizer.state.values():
             others += [v for v in values.values() if isinstance(v, Tensor)]
-        self.guard = FiniteGuard(weights, others, self._world.group)
+        before, self.guard = self.guard, FiniteGuard(weights, others, self._world.group)
+        if before is not None:
+            self.guard.step, self.guard.term = before.step, before.term
 
     def _compile_for(self, images: Tensor, labels: Tensor) -> None:
         self.attack.compile(self._joined)
